@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -68,11 +69,17 @@ class Priors(_Movable):
     Args:
         boxes: corners in pixels; leading size 1 when every image has the same priors. A point is
             a square of side = its stride around it.
-        level: index of the feature level each prior belongs to.
+        counts: how many priors each feature level has, in order; plain numbers, so that the
+            levels can be told apart without asking the device.
     """
 
     boxes: Float[Tensor, "#B N 4"]
-    level: Int[Tensor, " N"]
+    counts: tuple[int, ...]
+
+    @property
+    def level(self) -> Int[Tensor, " N"]:
+        """Index of the feature level each prior belongs to."""
+        return torch.cat([torch.full((n,), i, device=self.boxes.device) for i, n in enumerate(self.counts)])
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ class Assignment:
     Args:
         labels: class of the object, or ``BACKGROUND``, or ``IGNORE``.
         index: slot of the object in ``targets``; meaningless where the prior is not positive.
-        boxes: the object's corners in pixels; meaningless where the prior is not positive.
+        boxes: the object's corners in pixels; the prior's own where it is not positive, so that
+            every function of them stays finite there and masking is enough.
         iou: IoU of the prior (not of the prediction) with that object, in [0, 1].
         targets: the objects the priors were matched with.
     """
@@ -129,8 +137,16 @@ class Assignment:
 
     @property
     def num_positive(self) -> Float[Tensor, ""]:
-        """Positives in the whole batch, at least 1 (the losses' normaliser; stays on the device)."""
-        return self.positive.sum().clamp(min=1).float()
+        """Positives in the batch, at least 1: the losses' normaliser. Stays on the device.
+
+        Under data parallelism it is the mean over the workers, so that averaged gradients equal
+        those of one worker with the joint batch.
+        """
+        count = self.positive.sum().float()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(count)
+            count = count / dist.get_world_size()
+        return count.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -260,8 +276,9 @@ def to_dicts(detections: Detections) -> list[dict[str, Tensor]]:
         and ``quality`` (d,) where the detector has them.
 
     Example:
-        >>> found = Detections(torch.zeros(1, 2, 4), torch.tensor([[0.9, 0.0]]),
-        ...                    torch.tensor([[3, -1]]), torch.tensor([[True, False]]))
+        >>> found = Detections(
+        ...     torch.zeros(1, 2, 4), torch.tensor([[0.9, 0.0]]), torch.tensor([[3, -1]]), torch.tensor([[True, False]])
+        ... )
         >>> to_dicts(found)[0]["labels"].tolist()
         [3]
     """

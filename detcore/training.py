@@ -649,7 +649,9 @@ class _Log:
             numbers = {k: v for k, v in row.items() if k in ("loss", "lr", "grad_norm", "images_per_second")}
             for name, value in {**numbers, **row.get("losses", {}), **row.get("metrics", {})}.items():
                 if isinstance(value, int | float):
-                    self.board.add_scalar(f"{'train' if row['kind'] == 'step' else 'validate'}/{name}", value, row["step"])
+                    self.board.add_scalar(
+                        f"{'train' if row['kind'] == 'step' else 'validate'}/{name}", value, row["step"]
+                    )
 
     def close(self) -> None:
         self.bar.close()
@@ -750,7 +752,9 @@ def _unpack(batch: Any, device: torch.device, channels_last: bool) -> tuple[Any,
     if isinstance(batch, tuple | list):  # torchvision's references: images and targets, one an image
         images, targets = batch
         images = [image.to(device, non_blocking=True) for image in images]
-        targets = [{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+        targets = [
+            {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets
+        ]
         return images, targets, tuple(int(t.get("image_id", i)) for i, t in enumerate(targets))
     image_ids = tuple(batch.image_ids.tolist())  # before the move: reading them there would wait
     batch = batch.to(device)

@@ -1,0 +1,116 @@
+"""The terms of a detector's loss: (Predictions, Assignment) to one number.
+
+Masking and normalisation live here and nowhere else. A term is masked with ``torch.where``, not by
+indexing: shapes stay static, so a step is one compiled graph that never waits for the device.
+Every term divides by the positives of the whole batch (:attr:`Assignment.num_positive`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from detcore.boxes import giou, iou
+from detcore.coders import BoxCoder
+from detcore.losses.functional import QualityLoss, quality_loss, sigmoid_focal_loss, smooth_l1_loss
+from detcore.structures import Assignment, Predictions
+
+__all__ = ["LossTerm", "box_delta_term", "box_iou_term", "focal_term", "iou_quality_term"]
+
+LossTerm = Callable[[Predictions, Assignment], Tensor]
+"""What a detector accepts in ``losses``: any callable of this shape."""
+
+
+def _mean_over_positives(loss: Float[Tensor, "B N"], match: Assignment) -> Float[Tensor, ""]:
+    return torch.where(match.positive, loss, 0.0).sum() / match.num_positive
+
+
+def focal_term(
+    pred: Predictions, match: Assignment, *, alpha: float | None = 0.25, gamma: float = 2.0
+) -> Float[Tensor, ""]:
+    """Focal loss over all classes of all priors that are not ignored, per positive prior.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> detector = get_model("retinanet", num_classes=20, backbone="tiny")
+        >>> list(detector.losses)
+        ['cls', 'box']
+
+    Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4.1. arXiv:1708.02002
+    """
+    classes = torch.arange(pred.logits.shape[-1], device=match.labels.device)
+    own = match.labels[..., None] == classes  # B N C; background and ignored match no class
+    loss = sigmoid_focal_loss(pred.logits, own, alpha=alpha, gamma=gamma).sum(-1)
+    return torch.where(match.ignored, 0.0, loss).sum() / match.num_positive
+
+
+def box_delta_term(pred: Predictions, match: Assignment, *, coder: BoxCoder, beta: float = 1 / 9) -> Float[Tensor, ""]:
+    """Smooth L1 between predicted and wanted deltas, summed over the four, per positive prior.
+
+    Args:
+        pred: deltas relative to ``pred.priors``.
+        match: objects of the same priors.
+        coder: the head's own coder.
+        beta: of :func:`~detcore.losses.functional.smooth_l1_loss`; 0 is L1.
+
+    Example:
+        >>> from functools import partial
+        >>> from detcore.coders import DeltaCoder
+        >>> term = partial(box_delta_term, coder=DeltaCoder(), beta=0.0)  # L1, as in RetinaNet-Conf
+    """
+    wanted = coder.encode(match.boxes, pred.priors.boxes.expand_as(match.boxes))
+    return _mean_over_positives(smooth_l1_loss(pred.deltas, wanted, beta=beta).sum(-1), match)
+
+
+def box_iou_term(
+    pred: Predictions, match: Assignment, *, measure: Callable[[Tensor, Tensor], Tensor] = giou
+) -> Float[Tensor, ""]:
+    """1 - overlap of decoded and wanted boxes, per positive prior.
+
+    Args:
+        pred: decoded boxes are used.
+        match: objects of the same priors.
+        measure: :func:`~detcore.boxes.iou`, ``giou``, ``diou``, ``ciou`` or another of that shape.
+
+    Example:
+        >>> from functools import partial
+        >>> from detcore.boxes import diou
+        >>> term = partial(box_iou_term, measure=diou)
+    """
+    return _mean_over_positives(1 - measure(pred.boxes, match.boxes), match)
+
+
+def iou_quality_term(
+    pred: Predictions, match: Assignment, *, name: str = "iou", kind: QualityLoss = "bce", detach: bool = True
+) -> Float[Tensor, ""]:
+    r"""How far the predicted IoU of each positive prior is from the IoU its box reaches.
+
+    .. math:: L_{\mathrm{IoU}} = \frac{1}{N_{pos}} \sum_{i \in pos}
+        \ell\bigl(o_i,\ \mathrm{IoU}(b_i, \hat b_i)\bigr)
+
+    Args:
+        pred: ``pred.extras[name]`` holds the logits :math:`o`, (B, N, 1).
+        match: objects of the same priors.
+        name: which extra map.
+        kind: of :func:`~detcore.losses.functional.quality_loss`.
+        detach: treat the target IoU as a constant. If not, BCE pushes on the box with
+            :math:`\partial \ell / \partial t = -o`: towards the object where the head already
+            believes in the box, away from it where it does not.
+
+    Raises:
+        KeyError: if the head has no such map.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> list(get_model("iou_aware_retinanet", num_classes=20, backbone="tiny").losses)
+        ['cls', 'box', 'iou']
+
+    Reference: Wu et al., IoU-aware single-stage detector, 2020, Eq. (3). arXiv:1912.05992
+    Deviation: detached by default; the paper is silent and the authors' code attaches it.
+    """
+    if name not in pred.extras:
+        raise KeyError(f"iou_quality_term: the head must have the extra map {name!r}; it has {sorted(pred.extras)}.")
+    target = iou(pred.boxes, match.boxes)
+    target = target.detach() if detach else target
+    return _mean_over_positives(quality_loss(pred.extras[name][..., 0], target, kind=kind), match)

@@ -1,0 +1,94 @@
+"""Heads: a pyramid of maps and its priors to predictions."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from detcore.coders import BoxCoder
+from detcore.nn.layers import init_conv, prior_probability_bias
+from detcore.structures import Predictions, Priors
+
+__all__ = ["DenseHead"]
+
+_NOTHING: Mapping[str, int] = MappingProxyType({})
+
+
+class DenseHead(nn.Module):
+    """Two towers shared by all levels; classes from one, boxes from the other.
+
+    Each tower is ``depth`` times (3x3 convolution, ReLU), without normalisation; each output is
+    one more 3x3 convolution. Channel = prior of the cell * n + component.
+
+    Args:
+        in_channels: width of every level.
+        num_priors: priors a cell.
+        num_classes: logits a prior (C for sigmoid).
+        coder: reads deltas back as boxes.
+        depth: convolutions a tower, >= 0.
+        class_extras: further outputs on the class tower's last feature: name to components a prior.
+        box_extras: the same on the box tower.
+        prior_probability: what the class sigmoid answers before training.
+
+    Raises:
+        ValueError: if a name is used twice or is "logits" or "deltas".
+
+    Example:
+        >>> from detcore.coders import DeltaCoder
+        >>> head = DenseHead(256, 9, 80, DeltaCoder(), box_extras={"iou": 1})
+        >>> sum(p.numel() for p in head.outputs["iou"].parameters())
+        20745
+
+    Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4. arXiv:1708.02002
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_priors: int,
+        num_classes: int,
+        coder: BoxCoder,
+        *,
+        depth: int = 4,
+        class_extras: Mapping[str, int] = _NOTHING,
+        box_extras: Mapping[str, int] = _NOTHING,
+        prior_probability: float = 0.01,
+    ) -> None:
+        super().__init__()
+        names = ["logits", *class_extras, "deltas", *box_extras]
+        if len(set(names)) != len(names):
+            raise ValueError(f'DenseHead: extras must have names of their own, not "logits" or "deltas"; got {names}.')
+        self.coder, self.num_priors = coder, num_priors
+        self.class_tower, self.box_tower = _tower(in_channels, depth), _tower(in_channels, depth)
+        self.on_class_tower = ("logits", *class_extras)
+        sizes = {"logits": num_classes, **class_extras, "deltas": 4, **box_extras}
+        self.outputs = nn.ModuleDict(
+            {name: init_conv(nn.Conv2d(in_channels, num_priors * n, 3, padding=1)) for name, n in sizes.items()}
+        )
+        nn.init.constant_(self.outputs["logits"].bias, prior_probability_bias(prior_probability))
+
+    def forward(self, features: Sequence[Tensor], priors: Priors) -> Predictions:
+        """Predictions of every prior, levels joined."""
+        maps: dict[str, list[Tensor]] = {name: [] for name in self.outputs}
+        for feature in features:
+            on_class, on_box = self.class_tower(feature), self.box_tower(feature)
+            for name, conv in self.outputs.items():
+                maps[name].append(self._flatten(conv(on_class if name in self.on_class_tower else on_box)))
+        joined = {name: torch.cat(levels, dim=1) for name, levels in maps.items()}  # B N n
+        logits, deltas = joined.pop("logits"), joined.pop("deltas")
+        boxes = self.coder.decode(deltas, priors.boxes.expand(len(deltas), -1, -1))
+        return Predictions(logits, deltas, boxes, priors, joined)
+
+    def _flatten(self, maps: Tensor) -> Tensor:
+        batch, channels, height, width = maps.shape
+        n = channels // self.num_priors
+        grid = maps.view(batch, self.num_priors, n, height, width)
+        return grid.permute(0, 3, 4, 1, 2).reshape(batch, height * width * self.num_priors, n)
+
+
+def _tower(channels: int, depth: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [init_conv(nn.Conv2d(channels, channels, 3, padding=1)), nn.ReLU()]
+    return nn.Sequential(*layers)

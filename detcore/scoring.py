@@ -1,0 +1,147 @@
+"""From predictions to what detections are ranked by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from detcore.structures import Predictions
+
+__all__ = ["Scorer", "Scores", "class_score", "conf_powers", "fuse", "fused_score", "iou_aware_powers"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of every (prior, class) pair, in [0, 1].
+
+    Args:
+        ranking: what detections are sorted, suppressed and evaluated by.
+        classes: class probability alone.
+        quality: predicted localisation quality of each prior; ``None`` if there is none.
+    """
+
+    ranking: Float[Tensor, "B N C"]
+    classes: Float[Tensor, "B N C"]
+    quality: Float[Tensor, "B N"] | None = None
+
+
+Scorer = Callable[[Predictions], Scores]
+"""What a detector accepts as ``score``."""
+
+
+def fuse(
+    class_score: Float[Tensor, "*#n"], quality: Float[Tensor, "*#n"], *, class_power: float, quality_power: float
+) -> Float[Tensor, "*#n"]:
+    r"""Weighted geometric mean of class score and quality.
+
+    .. math:: s = p^{u}\, q^{v}
+
+    With :math:`u + v = 1` the result lies between its factors. Equal powers rank like the product:
+    only where a fixed threshold cuts differs.
+
+    Args:
+        class_score: :math:`p`, in [0, 1].
+        quality: :math:`q`, in [0, 1].
+        class_power: :math:`u`, >= 0; 0 leaves the class score out exactly.
+        quality_power: :math:`v`, >= 0; 0 leaves the quality out exactly.
+
+    Raises:
+        ValueError: if a power is negative.
+
+    Example:
+        >>> import torch
+        >>> p, q = torch.tensor(0.2), torch.tensor(0.9)
+        >>> fuse(p, q, class_power=0.4, quality_power=0.6)  # IoU-aware, alpha = 0.4
+        tensor(0.4931)
+        >>> fuse(p, q, class_power=0.6, quality_power=0.4)  # RetinaNet-Conf, alpha = 0.4
+        tensor(0.3650)
+
+    Reference: Wu et al., IoU-aware single-stage detector, 2020, Eq. (5), arXiv:1912.05992;
+    RetinaNet-Conf, 2020, Eq. (11).
+    """
+    if class_power < 0 or quality_power < 0:
+        raise ValueError(f"fuse: powers must be >= 0; got class_power={class_power}, quality_power={quality_power}.")
+    return class_score**class_power * quality**quality_power
+
+
+def iou_aware_powers(alpha: float) -> tuple[float, float]:
+    r"""(class power, quality power) of the IoU-aware paper, where :math:`\alpha` belongs to the class.
+
+    Raises:
+        ValueError: if ``alpha`` is outside [0, 1].
+
+    Example:
+        >>> iou_aware_powers(0.75)
+        (0.75, 0.25)
+
+    Reference: Wu et al., IoU-aware single-stage detector, 2020, Eq. (5). arXiv:1912.05992
+    """
+    _check_alpha("iou_aware_powers", alpha)
+    return alpha, 1 - alpha
+
+
+def conf_powers(alpha: float) -> tuple[float, float]:
+    r"""(class power, quality power) of RetinaNet-Conf, where :math:`\alpha` belongs to the quality.
+
+    Raises:
+        ValueError: if ``alpha`` is outside [0, 1].
+
+    Example:
+        >>> conf_powers(0.25)
+        (0.75, 0.25)
+
+    Reference: Wu et al., RetinaNet-Conf, 2020, Eq. (11).
+    """
+    _check_alpha("conf_powers", alpha)
+    return 1 - alpha, alpha
+
+
+def _check_alpha(where: str, alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"{where}: alpha must be in [0, 1]; got {alpha}.")
+
+
+def class_score(pred: Predictions) -> Scores:
+    """Independent sigmoids, one a class.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> get_model("retinanet", num_classes=20, backbone="tiny").score.__name__
+        'class_score'
+    """
+    scores = _sigmoid(pred.logits)
+    return Scores(scores, scores)
+
+
+def fused_score(
+    pred: Predictions, *, quality: str = "iou", class_power: float = 0.5, quality_power: float = 0.5
+) -> Scores:
+    """Class score fused with a quality map, on every level.
+
+    Args:
+        pred: ``pred.extras[quality]`` holds logits, one a prior, shared by its classes.
+        quality: name of the map.
+        class_power: of :func:`fuse`.
+        quality_power: of :func:`fuse`.
+
+    Raises:
+        KeyError: if the head has no such map.
+
+    Example:
+        >>> from functools import partial
+        >>> u, v = iou_aware_powers(0.4)
+        >>> score = partial(fused_score, class_power=u, quality_power=v)
+
+    Reference: Wu et al., IoU-aware single-stage detector, 2020, Eq. (5). arXiv:1912.05992
+    """
+    if quality not in pred.extras:
+        raise KeyError(f"fused_score: the head must have the extra map {quality!r}; it has {sorted(pred.extras)}.")
+    classes = _sigmoid(pred.logits)
+    predicted = _sigmoid(pred.extras[quality][..., 0])
+    ranking = fuse(classes, predicted[..., None], class_power=class_power, quality_power=quality_power)
+    return Scores(ranking, classes, predicted)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    return (logits.float() if logits.element_size() < 4 else logits).sigmoid()
