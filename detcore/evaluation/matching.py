@@ -1,0 +1,112 @@
+"""Every detection's best object and every object's best detection, over a whole data set at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from detcore.boxes import iou
+from detcore.evaluation.pooling import PooledDetections, PooledTargets, check_same_images
+
+__all__ = ["BestMatches", "best_matches"]
+
+PAIRS_AT_ONCE = 1 << 21  # 2 million pairs of boxes are about 300 MB on the way
+
+
+@dataclass(frozen=True)
+class BestMatches:
+    """The best partner of every box, without rivalry: several detections may share an object.
+
+    Args:
+        iou: largest IoU of each detection with an object it may be matched with; 0 if none.
+        target: index of that object, the first of equals; -1 where ``iou`` is 0.
+        best: largest IoU of each object with a detection it may be matched with; 0 if none.
+    """
+
+    iou: Float[np.ndarray, " D"]
+    target: Int[np.ndarray, " D"]
+    best: Float[np.ndarray, " M"]
+
+
+def best_matches(
+    detections: PooledDetections,
+    targets: PooledTargets,
+    *,
+    class_aware: bool = True,
+    crowds: bool = False,
+    inclusive: bool = False,
+) -> BestMatches:
+    """Match every detection with the object of its image that it overlaps most.
+
+    Args:
+        detections: pooled detections.
+        targets: pooled objects of the same images.
+        class_aware: only objects of the predicted class count.
+        crowds: crowd boxes count as objects too. By default they do not: a crowd box is not one object,
+            and the IoU with it says nothing about localisation.
+        inclusive: measure sides as the PASCAL VOC devkit does, ``x2 - x1 + 1``.
+
+    Raises:
+        ValueError: if the two hold different numbers of images.
+
+    Example:
+        >>> from detcore.evaluation.pooling import pool_detections, pool_targets
+        >>> dog = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+        >>> seen = {"boxes": [[0, 0, 10, 5], [0, 0, 10, 10]], "labels": [0, 1], "scores": [0.9, 0.8]}
+        >>> found, truth = pool_detections([seen]), pool_targets([dog])
+        >>> best_matches(found, truth).iou.tolist()
+        [0.5, 0.0]
+        >>> best_matches(found, truth, class_aware=False).iou.tolist()
+        [0.5, 1.0]
+    """
+    check_same_images(detections, targets, caller="best_matches")
+    largest = np.zeros(len(detections.image))
+    target = np.full(len(detections.image), -1)
+    best = np.zeros(len(targets.image))
+    for detection_index, target_index, overlap in _pairs(
+        detections, targets, class_aware=class_aware, crowds=crowds, inclusive=inclusive
+    ):
+        np.maximum.at(best, target_index, overlap)
+        # A chunk holds all pairs of its detections, side by side: one segment each.
+        starts = np.flatnonzero(np.diff(detection_index, prepend=-1))
+        owners = detection_index[starts]
+        largest[owners] = np.maximum.reduceat(overlap, starts)
+        hits = np.flatnonzero((overlap == largest[detection_index]) & (overlap > 0))
+        winners, first = np.unique(detection_index[hits], return_index=True)
+        target[winners] = target_index[hits[first]]
+    return BestMatches(largest, target, best)
+
+
+def _pairs(
+    detections: PooledDetections, targets: PooledTargets, *, class_aware: bool, crowds: bool, inclusive: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Detection index, object index and IoU of all pairs that may match, in chunks.
+
+    Pairs of one detection lie side by side, objects in the given order, and never in two chunks.
+    """
+    candidates = np.arange(len(targets.image)) if crowds else np.flatnonzero(~targets.crowd)
+    num_labels = 1 + max(detections.labels.max(initial=0), targets.labels.max(initial=0))
+    key = detections.image * num_labels + detections.labels if class_aware else detections.image
+    target_key = targets.image * num_labels + targets.labels if class_aware else targets.image
+    candidates = candidates[np.argsort(target_key[candidates], kind="stable")]
+    target_key = target_key[candidates]
+    begin = np.searchsorted(target_key, key, side="left")
+    counts = np.searchsorted(target_key, key, side="right") - begin
+    total = np.cumsum(counts)
+    corner = np.array([0.0, 0.0, 1.0, 1.0]) if inclusive else np.zeros(4)
+    low = 0
+    while low < len(key):
+        done = total[low - 1] if low else 0
+        high = max(low + 1, int(np.searchsorted(total, done + PAIRS_AT_ONCE, side="right")))
+        count = counts[low:high]
+        size = int(count.sum())
+        if size:
+            detection_index = np.repeat(np.arange(low, high), count)
+            within = np.arange(size) - np.repeat(np.cumsum(count) - count, count)
+            target_index = candidates[np.repeat(begin[low:high], count) + within]
+            a = torch.from_numpy(detections.boxes[detection_index] + corner)
+            b = torch.from_numpy(targets.boxes[target_index] + corner)
+            yield detection_index, target_index, iou(a, b).numpy()
+        low = high
