@@ -30,7 +30,8 @@ help:
 	@echo 'make test        make the environment, run the whole test suite'
 	@echo 'make book        make the environment, execute the notebooks, build $(HTML)/index.html'
 	@echo 'make test-book   open the built book in headless Chromium and move its figures'
-	@echo 'make check       lint, format, spelling, notebooks stripped, types: what pre-commit runs'
+	@echo 'make check       lint, format, notebooks stripped, spelling: what pre-commit runs'
+	@echo 'make types       pyright on detcore'
 	@echo 'make notebooks   run every notebook as a reader does, with live widgets'
 	@echo 'make serve       show the built book on http://localhost:$(PORT)'
 	@echo 'make surface     rewrite tests/api_surface.txt after a public name came or went'
@@ -115,9 +116,11 @@ serve:
 
 check: lint $(VENV)/.dev-stamp
 	$(SAY) 'spelling'
-	$(PY) -m codespell_lib
+	@$(PY) -m codespell_lib
+
+types: $(VENV)/.dev-stamp
 	$(SAY) 'types'
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 surface: $(VENV)/.test-stamp
 	$(PY) tools/api_surface.py

@@ -272,6 +272,19 @@ def test_every_public_function_has_a_doctest():
     report("a public function shows a number worth seeing", breaches)
 
 
+def test_every_public_name_appears_in_the_book():
+    pages = [*(ROOT / "book").rglob("*.md"), *(ROOT / "notebooks").rglob("*.ipynb")]
+    prose = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    # An API page lists all of a module's __all__, names it re-exports included.
+    listed = set(re.findall(r"automodule:: (\S+)", prose))
+    shown = {
+        name for module, path in public_modules().items() if module in listed for name in declared_names(path) or ()
+    }
+    words = set(re.findall(r"\w+", prose))
+    absent = [name for name, _ in own_public_objects() if name.rpartition(".")[2] not in shown | words]
+    report("name it on a page of book/, or list its module on an API page", absent)
+
+
 # --- tests that can fail
 
 
