@@ -106,7 +106,7 @@ book: $(VENV)/.book-stamp
 test-book: $(VENV)/.test-stamp
 	$(SAY) 'the built book in headless Chromium'
 	@test -f $(HTML)/index.html || { echo 'make: there is no $(HTML)/index.html; run make book first' >&2; exit 1; }
-	$(PY) -m pytest tests -m browser
+	$(PY) -m pytest tests/browser -m browser
 
 serve:
 	@test -f $(HTML)/index.html || { echo 'make: there is no $(HTML)/index.html; run make book first' >&2; exit 1; }

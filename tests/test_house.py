@@ -254,6 +254,17 @@ def test_every_name_in_all_exists():
     report("__all__ names what the module does not have", breaches)
 
 
+def test_no_name_hides_a_module():
+    # With a function `download` in detcore.data, detcore.data.download.fetch is no longer the module's.
+    hidden = [
+        f"{where(path, 1)}: {module}.{name} is a module and a name in __all__"
+        for module, path in public_modules().items()
+        for name in declared_names(path) or ()
+        if f"{module}.{name}" in public_modules() and not inspect.ismodule(getattr(load(module)[0], name, None))
+    ]
+    report("a package must not export a name that one of its modules has", hidden)
+
+
 def test_every_public_name_has_a_docstring():
     # A dataclass without a docstring gets its signature as one.
     bare = [
