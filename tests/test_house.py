@@ -36,7 +36,7 @@ LADDER = [
     "models",
 ]
 BASE = {"structures", "boxes"}
-AROUND = {"data", "evaluation", "viz", "explore", "checkpoint", "training"}
+AROUND = {"data", "evaluation", "viz", "explore", "provenance", "checkpoint", "training"}
 MAY_IMPORT = {
     **{unit: set(LADDER[:place]) for place, unit in enumerate(LADDER)},
     # They serve anybody's detector, so they know nothing of ours.
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "evaluation": BASE,
     "viz": BASE,
     "explore": set(),
+    "provenance": set(),
     "checkpoint": BASE,
     "training": {*BASE, "detector", "data", "checkpoint"},
     "exercises": {*LADDER, *AROUND},
