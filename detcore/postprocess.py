@@ -28,7 +28,7 @@ def select_by_prior(
     score_threshold: float = 0.05,
     threshold_on: ThresholdOn = "ranking",
     candidates: int = 1000,
-    nms_iou: float = 0.5,
+    nms_iou: float | None = 0.5,
     max_detections: int = 100,
 ) -> Detections:
     """Best priors of each level, every class of them above the threshold, class-wise NMS, best overall.
@@ -40,7 +40,8 @@ def select_by_prior(
         score_threshold: pairs at or below it are dropped, in [0, 1].
         threshold_on: whether it cuts the ``"ranking"`` score or the ``"classes"`` score.
         candidates: priors kept a level, by their best class's ranking score, >= 1.
-        nms_iou: of two boxes of one class and image that overlap more, the lower-ranked goes.
+        nms_iou: of two boxes of one class and image that overlap more, the lower-ranked goes;
+            ``None`` suppresses nothing: what NMS would have to choose from.
         max_detections: kept an image, >= 1.
 
     Returns:
@@ -82,7 +83,7 @@ def select_by_pair(
     score_threshold: float = 0.05,
     threshold_on: ThresholdOn = "ranking",
     candidates: int = 1000,
-    nms_iou: float = 0.5,
+    nms_iou: float | None = 0.5,
     max_detections: int = 100,
 ) -> Detections:
     """Best (prior, class) pairs of each level above the threshold, class-wise NMS, best overall.
@@ -128,14 +129,16 @@ def _suppress(
     prior: Int[Tensor, " P"],
     label: Int[Tensor, " P"],
     *,
-    nms_iou: float,
+    nms_iou: float | None,
     max_detections: int,
 ) -> Detections:
     batch, _, num_classes = scores.ranking.shape
     ranking = scores.ranking[image, prior, label]
     boxes = clip_boxes(pred.boxes[image, prior][:, None], sizes[image])[:, 0]
-    # one call for the whole batch; float64, because float32 boxes shifted apart by group lose pixels
-    kept = batched_nms(boxes.double(), ranking.double(), image * num_classes + label, nms_iou)  # best first
+    if nms_iou is None:
+        kept = ranking.argsort(descending=True, stable=True)
+    else:  # one call for the whole batch; float64, because float32 boxes shifted apart by group lose pixels
+        kept = batched_nms(boxes.double(), ranking.double(), image * num_classes + label, nms_iou)  # best first
     slot = _rank_in_group(image[kept])
     kept, slot = kept[slot < max_detections], slot[slot < max_detections]
     place = (image[kept], slot)
@@ -165,10 +168,12 @@ def _rank_in_group(group: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
 
 
 def _check(
-    where: str, threshold: float, candidates: int, nms_iou: float, max_detections: int, threshold_on: str
+    where: str, threshold: float, candidates: int, nms_iou: float | None, max_detections: int, threshold_on: str
 ) -> None:
-    if not 0 <= threshold <= 1 or not 0 <= nms_iou <= 1:
-        raise ValueError(f"{where}: score_threshold and nms_iou must be in [0, 1]; got {threshold} and {nms_iou}.")
+    if not 0 <= threshold <= 1 or not (nms_iou is None or 0 <= nms_iou <= 1):
+        raise ValueError(
+            f"{where}: score_threshold must be in [0, 1], nms_iou too or None; got {threshold} and {nms_iou}."
+        )
     if candidates < 1 or max_detections < 1:
         raise ValueError(f"{where}: candidates and max_detections must be >= 1; got {candidates} and {max_detections}.")
     if threshold_on not in ("ranking", "classes"):

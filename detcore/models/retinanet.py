@@ -52,7 +52,7 @@ def retinanet(
     candidates_by: Literal["prior", "pair"] = "prior",
     score_threshold: float = 0.05,
     candidates: int = 1000,
-    nms_iou: float = 0.5,
+    nms_iou: float | None = 0.5,
     max_detections: int = 100,
     short_side: int | None = None,
     long_side: int | None = None,
@@ -147,7 +147,7 @@ def retinanet(
 
 
 def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
-    """A torchvision RetinaNet (first version, ResNet-50) as one of ours: same weights, same detections.
+    """A torchvision RetinaNet (first version, any ResNet) as one of ours: same weights, same detections.
 
     torchvision's conventions are chosen throughout: anchors, resizing, P6 from P5, candidates by
     pair, forced matches, 300 detections. Labels stay torchvision's: channel k of its ``num_classes``
@@ -158,8 +158,8 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
             any of its detection options.
 
     Raises:
-        ValueError: if the model is built differently (version 2's normalised towers, another
-            trunk, other anchors).
+        ValueError: if the model is built differently (version 2's normalised towers, a trunk
+            that is no ResNet, other anchors).
 
     Example:
         >>> import torchvision
@@ -171,7 +171,8 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
     door = model.transform
     ours = retinanet(
         num_classes=model.head.classification_head.num_classes,
-        norm="fixed",
+        backbone=_trunk_name(model),
+        norm="batch" if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else "fixed",
         p6="p5",
         relu_before_p7=True,
         anchor_style="torchvision",
@@ -202,6 +203,15 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
 
 def _norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "running_mean")]
+
+
+def _trunk_name(model: TorchvisionRetinaNet) -> str:
+    body = model.backbone.body
+    names = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101"}
+    blocks = tuple(len(body[f"layer{i}"]) if f"layer{i}" in body else 0 for i in (1, 2, 3, 4))
+    if blocks not in names:
+        raise ValueError(f"from_torchvision: model must have a ResNet 18, 34, 50 or 101; got blocks {blocks}.")
+    return "resnet50" if blocks == (3, 4, 6, 3) and hasattr(body["layer1"][0], "conv3") else names[blocks]
 
 
 def _check_torchvision(model: TorchvisionRetinaNet) -> None:
