@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "CheckpointError",
+    "find_not_plain",
     "load_checkpoint",
     "model_weights",
     "package_version",
@@ -42,7 +44,12 @@ class CheckpointError(RuntimeError):
 
 
 def package_version() -> str:
-    """Version of the installed package, or "unknown" in a source tree that was never installed."""
+    """Version of the installed package, or "unknown" in a source tree that was never installed.
+
+    Example:
+        >>> package_version() == "unknown" or package_version()[0].isdigit()
+        True
+    """
     try:
         return version("detcore")
     except PackageNotFoundError:
@@ -78,7 +85,12 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         "torch_version": str(torch.__version__),
         **checkpoint,
     }
-    _check_plain(content, "checkpoint")
+    strange = find_not_plain(content, "checkpoint")
+    if strange:
+        raise TypeError(
+            f"save_checkpoint: checkpoint must hold tensors and plain Python values; got {strange}. "
+            "Only such files load with weights_only=True."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("wb") as file:
@@ -105,6 +117,14 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
         FileNotFoundError: if there is no such file.
         CheckpointError: if the file is truncated, is not a checkpoint of this package, or was
             written by a newer version of its format.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights.pt"
+        >>> torch.save({"weight": torch.zeros(1)}, path)
+        >>> load_checkpoint(path)
+        Traceback (most recent call last):
+        detcore.checkpoint.CheckpointError: load_checkpoint: path must be a checkpoint of detcore; got ...
     """
     path = Path(path)
     if not path.is_file():
@@ -118,7 +138,8 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
             f"torch says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, REPLAY_FORMAT):
-        found = f"a dict with the keys {sorted(map(str, content))[:4]}" if isinstance(content, dict) else type(content)
+        is_dict = isinstance(content, dict)
+        found = f"a dict with the keys {sorted(map(str, content))[:4]}" if is_dict else f"a {type(content).__name__}"
         raise CheckpointError(
             f"load_checkpoint: path must be a checkpoint of detcore; got {path}, which holds {found}. "
             "Bare weights load with model.load_state_dict(torch.load(path, weights_only=True))."
@@ -143,7 +164,12 @@ def model_weights(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def random_state() -> dict[str, Any]:
-    """State of this process's generators (python, numpy, torch, the current CUDA device), as plain values."""
+    """State of this process's generators (python, numpy, torch, the current CUDA device), as plain values.
+
+    Example:
+        >>> sorted(random_state())
+        ['cuda', 'numpy', 'python', 'torch']
+    """
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -171,17 +197,29 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _check_plain(value: Any, where: str) -> None:
-    if type(value) in (Tensor, torch.nn.Parameter, str, int, float, bool, type(None)):
-        return
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_plain(item, f"{where}[{json.dumps(key) if isinstance(key, str) else key!r}]")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
+def find_not_plain(value: Any, where: str = "value") -> str | None:
+    """The first part of ``value`` that ``weights_only`` would refuse to load.
+
+    Args:
+        value: anything.
+        where: what to call it.
+
+    Returns:
+        Its place and type in words; ``None`` if all of it is plain.
+
+    Example:
+        >>> find_not_plain({"lr": 0.1, "act": torch.relu}, "options")
+        'options["act"], a builtin_function_or_method'
+    """
+    if type(value) in {Tensor, nn.Parameter, str, int, float, bool, type(None)}:
+        return None
+    if type(value) in {dict, OrderedDict}:
+        named = [(item, f"{where}[{json.dumps(key, default=repr)}]") for key, item in value.items()]
+        strange = [key for key in value if type(key) not in {str, int}]
+        if strange:
+            return f"{where}'s key {strange[0]!r}, a {type(strange[0]).__name__}"
+    elif type(value) in {list, tuple}:
+        named = [(item, f"{where}[{i}]") for i, item in enumerate(value)]
     else:
-        raise TypeError(
-            f"save_checkpoint: {where} must be a tensor or a plain Python value; got {type(value).__name__}. "
-            "Only such files load with weights_only=True."
-        )
+        return f"{where}, a {type(value).__name__}"
+    return next((found for item, name in named if (found := find_not_plain(item, name))), None)

@@ -1,6 +1,7 @@
 """Small parts of a run: the optimiser, the averaged copy, batches on the device, checks at the door, Ctrl-C."""
 
 import copy
+import logging
 import random
 import signal
 import threading
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detcore.checkpoint import load_checkpoint
+from detcore.checkpoint import find_not_plain, load_checkpoint
 from detcore.training.config import TrainConfig
 
 __all__: list[str] = []
+
+logger = logging.getLogger("detcore")
 
 
 class LossModule(nn.Module):
@@ -168,17 +171,27 @@ def find_checkpoint(config: TrainConfig, num_processes: int) -> dict[str, Any] |
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    np.random.seed(seed % 2**32)  # libraries draw from the global generator
     torch.manual_seed(seed)
 
 
 def identity(model: nn.Module, loader: Any = None) -> dict[str, Any]:
-    """What it takes to build the model again and to name what it finds."""
+    """What it takes to build the model again and to name what it finds.
+
+    Returns:
+        ``spec``, what :func:`detcore.models.get_model` was asked for, or ``None`` if the model is of another
+        kind or was given parts that no file can hold; ``classes``, their names, from the model or the data.
+    """
+    spec = dict(getattr(model, "spec", None) or {})
+    if find_not_plain(spec):
+        logger.warning(
+            "training: the checkpoints will not say how to build the model: %s", find_not_plain(spec, "spec")
+        )
+        spec = {}
     source = model
     while source is not None and not hasattr(source, "classes"):
         source = loader if source is model else getattr(source, "dataset", None)
-    classes = None if source is None else list(source.classes)
-    return {"spec": getattr(model, "spec", None), "classes": classes}
+    return {"spec": spec or None, "classes": None if source is None else [str(name) for name in source.classes]}
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Run:
             raise ValueError("train: config.precision must be fp32 or bf16 on a CPU; got fp16.")
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self.steps_per_epoch = checked_length(loader, self.accelerator.num_processes)
+        self.identity = identity(model, loader)
         self.resumed = find_checkpoint(config, self.accelerator.num_processes)
         seed_everything(config.seed + self.rank)
 
@@ -195,7 +196,7 @@ class Run:
             # The loader counts what it handed out; what counts here is what was trained on.
             here = {"epoch": self.at.epoch, "position": self.at.batch}
             checkpoint = {
-                **identity(self.model, self.loader),
+                **self.identity,
                 "model": self.model.state_dict(),
                 "ema": self.ema.state() if self.ema else None,
                 "optimizer": self.optimizer.state_dict(),
@@ -217,7 +218,7 @@ class Run:
         path = Path(self.config.output_dir) / f"nonfinite_step{pending.step}_process{self.rank}.pt"
         targets = pending.targets if isinstance(pending.targets, list | tuple) else vars(pending.targets)
         content = {
-            **identity(self.model, self.loader),
+            **self.identity,
             "format": REPLAY_FORMAT,
             "model": self.model.state_dict(),
             "images": pending.images,
