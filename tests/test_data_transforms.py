@@ -1,0 +1,285 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from detcore.boxes import pairwise_iou
+from detcore.data.batch import PAD_COLOUR
+from detcore.data.transforms import (
+    PER_OBJECT,
+    PhotometricDistort,
+    ResizeShortSide,
+    SsdCrop,
+    drop_empty,
+    flip_transform,
+    retinanet_transform,
+    square_transform,
+    ssd_transform,
+)
+
+# Far apart in colour, so that each rectangle can be found again after any geometry.
+COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
+
+
+def sample(height=120, width=160):
+    """Three rectangles on black; every per-object key repeats the rectangle's number."""
+    boxes = torch.tensor([[8.0, 10.0, 40.0, 90.0], [50.0, 20.0, 90.0, 50.0], [100.0, 60.0, 150.0, 110.0]])
+    boxes = boxes * torch.tensor([width / 160, height / 120] * 2)
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for (x1, y1, x2, y2), colour in zip(boxes.int().tolist(), COLOURS, strict=True):
+        image[:, y1:y2, x1:x2] = colour[:, None, None]
+    numbers = torch.arange(3)
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        "labels": numbers,
+        "area": numbers.float(),
+        "iscrowd": numbers % 2,
+        "ignore": numbers == 2,
+        "image_id": 41,
+        "original_size": torch.tensor([height, width]),
+    }
+    return tv_tensors.Image(image), target
+
+
+def empty_sample():
+    image, target = sample()
+    rows = {key: target[key][:0] for key in PER_OBJECT}
+    return image, {**target, **rows, "boxes": tv_tensors.wrap(target["boxes"][:0], like=target["boxes"])}
+
+
+def find(image, number):
+    """Box of the pixels that are mostly of this rectangle's colour."""
+    other = [c for c in range(3) if c != number]
+    shown = (image[number] > 127) & (image[other[0]] < 100) & (image[other[1]] < 100)
+    rows, columns = shown.any(1).nonzero()[:, 0], shown.any(0).nonzero()[:, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+TRAINING = {
+    "retinanet": retinanet_transform(90, 200, train=True),
+    "square": square_transform(96, train=True),
+    "ssd": v2.Compose([SsdCrop(160), flip_transform(), drop_empty]),  # colours kept, to find them again
+    "ssd all": v2.Compose([SsdCrop(160, rule="all"), flip_transform(), drop_empty]),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_transforms_keep_boxes_on_their_objects(name):
+    checked, flipped = 0, 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image, target = TRAINING[name](*sample())
+        assert image.dtype == torch.uint8
+        assert target["boxes"].canvas_size == tuple(image.shape[-2:])
+        for number, box in zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True):
+            if min(box[2] - box[0], box[3] - box[1]) < 6:
+                continue  # a sliver, whose colour is mixed with what is around it
+            np.testing.assert_allclose(find(image, number), box, atol=1.5)
+            checked += 1
+        boxes = dict(zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True))
+        flipped += 0 in boxes and 2 in boxes and boxes[0][0] > boxes[2][0]
+    assert checked > 60
+    assert 5 < flipped < 55
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_transforms_keep_every_key_in_step(name):
+    kept = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        _, target = TRAINING[name](*sample())
+        numbers = target["labels"]
+        assert target["area"].tolist() == numbers.tolist()
+        assert target["iscrowd"].tolist() == (numbers % 2).tolist()
+        assert target["ignore"].tolist() == (numbers == 2).tolist()
+        assert len(target["boxes"]) == len(numbers)
+        assert target["image_id"] == 41
+        assert target["original_size"].tolist() == [120, 160]
+        kept.add(len(numbers))
+    assert kept == ({1, 2, 3} if "ssd" in name else {3})
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("factory", [lambda train: retinanet_transform(90, 200, train=train),
+                                     lambda train: square_transform(96, train=train),
+                                     lambda train: ssd_transform(96, train=train)])  # fmt: skip
+def test_transforms_accept_pictures_without_objects(factory, train):
+    for _ in range(10):
+        image, target = factory(train)(*empty_sample())
+        assert image.dtype == torch.uint8
+        assert tuple(target["boxes"].shape) == (0, 4)
+        assert [len(target[key]) for key in PER_OBJECT] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("factory", "size"),
+    [
+        (retinanet_transform(90, 200, train=False), (90, 120)),
+        (square_transform(96, train=False), (96, 96)),
+        (ssd_transform(96, train=False), (96, 96)),
+    ],
+)
+def test_evaluation_transforms_only_resize(factory, size):
+    image, target = factory(*sample())
+    again, _ = factory(*sample())
+    torch.testing.assert_close(image, again, rtol=0, atol=0)
+    assert tuple(image.shape[-2:]) == size
+    scale = torch.tensor([size[1] / 160, size[0] / 120] * 2)
+    expected = sample()[1]["boxes"].as_subclass(torch.Tensor) * scale
+    torch.testing.assert_close(target["boxes"].as_subclass(torch.Tensor), expected)
+
+
+def test_transforms_can_be_sent_to_workers():
+    for transform in (retinanet_transform(90, 200, train=True), ssd_transform(96, train=True)):
+        torch.manual_seed(3)
+        expected, _ = transform(*sample())
+        torch.manual_seed(3)
+        image, _ = pickle.loads(pickle.dumps(transform))(*sample())
+        torch.testing.assert_close(image, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (800, 1067)),  # 640 * 800/480 = 1066.7
+        ((640, 480), (1067, 800)),
+        ((300, 900), (444, 1333)),  # the long side limits: 1333/900 = 1.481
+        ((2000, 10), (1333, 7)),  # 10 * 1333/2000 = 6.7
+        ((5000, 1), (1333, 1)),  # never 0
+    ],
+)
+def test_resize_short_side_sizes(size, expected):
+    assert ResizeShortSide(800, 1333).size(*size) == expected
+
+
+def test_resize_short_side_rejects_impossible_sides():
+    with pytest.raises(ValueError, match=r"short_side must be in \[1, long_side\]; got 400 with 300"):
+        retinanet_transform(400, 300, train=True)
+    assert ResizeShortSide(300, 300).size(10, 20) == (150, 300)
+
+
+def test_drop_empty_clips_and_drops():
+    image, target = sample()
+    boxes = torch.tensor([[-5.0, -5.0, 0.9, 50.0], [100.0, 100.0, 300.0, 300.0], [10.0, 10.0, 11.0, 11.0]])
+    image, target = drop_empty(image, {**target, "boxes": boxes})
+    # The first keeps 0.9 pixels of width; the last is exactly a pixel large and stays.
+    assert target["boxes"].tolist() == [[100, 100, 160, 120], [10, 10, 11, 11]]
+    assert target["labels"].tolist() == [1, 2]
+    assert target["area"].tolist() == [1, 2]
+    _, target = drop_empty(image, target, min_side=2.0)
+    assert target["labels"].tolist() == [1]
+
+
+def test_drop_empty_leaves_its_input_alone():
+    image, target = sample()
+    boxes = target["boxes"].clone()
+    boxes[0, 0] = -20
+    _, clipped = drop_empty(image, {**target, "boxes": boxes})
+    assert boxes[0, 0] == -20
+    assert clipped["boxes"][0, 0] == 0
+
+
+def test_ssd_crop_zooms_out_onto_the_mean_colour():
+    torch.manual_seed(0)
+    crop = SsdCrop(100, zoom=1.0)
+    mean = torch.tensor(PAD_COLOUR, dtype=torch.uint8)
+    shares = []
+    for _ in range(80):
+        image, _ = crop(*sample())
+        shares.append((image == mean[:, None, None]).all(0).float().mean())
+    assert max(shares) > 0.8  # the canvas is up to 16 times the picture
+    assert 0.2 < torch.stack(shares).mean() < 0.8
+
+
+def test_ssd_crop_never_shows_the_mean_colour_without_zoom():
+    torch.manual_seed(0)
+    crop = SsdCrop(100, zoom=0.0)
+    mean = torch.tensor(PAD_COLOUR, dtype=torch.uint8)
+    for _ in range(40):
+        image, _ = crop(*sample())
+        assert not (image == mean[:, None, None]).all(0).any()
+
+
+def test_ssd_crop_distorts_the_picture_and_not_the_mean_colour():
+    image, target = sample()
+    crop = SsdCrop(64, zoom=1.0, distort=lambda pixels: torch.full_like(pixels, 255))
+    seen = set()
+    for _ in range(10):
+        seen |= set(map(tuple, crop(image, target)[0].flatten(1).T.tolist()))
+    assert seen == {PAD_COLOUR, (255, 255, 255)}
+
+
+def test_ssd_crop_of_the_whole_canvas_equals_a_plain_resize():
+    image, target = sample()
+    crop = SsdCrop(80, zoom=0.0)
+    crop.window = lambda boxes, height, width: (0.0, 0.0, float(width), float(height))
+    result, cropped = crop(image, target)
+    expected, resized = square_transform(80, train=False)(image, target)
+    # Pillow and torch round differently by one level at most.
+    torch.testing.assert_close(result.int(), expected.int(), atol=1, rtol=0)
+    torch.testing.assert_close(cropped["boxes"], resized["boxes"])
+
+
+@pytest.mark.parametrize(("rule", "reduce"), [("some", "max"), ("all", "min")])
+def test_ssd_windows_obey_their_rule(rule, reduce):
+    boxes = sample()[1]["boxes"].as_subclass(torch.Tensor)
+    crop = SsdCrop(100, rule=rule)
+    reached, whole = [], 0
+    for _ in range(400):
+        window = torch.tensor([crop.window(boxes, 120.0, 160.0)])
+        x1, y1, x2, y2 = window[0].tolist()
+        assert 0 <= x1 < x2 <= 160.001
+        assert 0 <= y1 < y2 <= 120.001
+        assert 0.49 < ((x2 - x1) / 160) / ((y2 - y1) / 120) < 2.01
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        assert ((centres > window[:, :2]) & (centres < window[:, 2:])).all(1).any()
+        reached.append(float(getattr(pairwise_iou(window, boxes), reduce)()))
+        whole += [x1, y1, x2, y2] == [0, 0, 160, 120]
+    reached = np.array(reached)
+    if rule == "some":
+        # The largest IoU any of these windows can have is limited by the 0.3 smallest side.
+        assert (reached >= 0.3).mean() > 0.3
+        assert 0.1 < whole / 400 < 0.5
+    else:
+        # Three objects far apart: no window overlaps all by 0.3, so the whole canvas comes often.
+        assert whole / 400 > 0.3
+
+
+def test_ssd_crop_rules_differ():
+    # One object that many windows fit, a small one in a corner: any window has IoU <= 400/1728 with it.
+    boxes = torch.tensor([[30.0, 20.0, 130.0, 100.0], [140.0, 100.0, 160.0, 120.0]])
+    shares = {}
+    for rule in ("some", "all"):
+        torch.manual_seed(0)
+        windows = torch.tensor([SsdCrop(100, rule=rule).window(boxes, 120.0, 160.0) for _ in range(200)])
+        shares[rule] = float((pairwise_iou(windows, boxes).amax(1) >= 0.5).float().mean())
+    assert shares["some"] > 0.45
+    assert shares["all"] < 0.4
+
+
+def test_ssd_crop_rejects_an_unknown_rule():
+    with pytest.raises(ValueError, match='rule must be "some" or "all"; got \'any\''):
+        ssd_transform(300, train=True, rule="any")
+
+
+def test_photometric_distort_changes_colours_within_its_ranges():
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)  # grey: saturation and hue change nothing
+    levels = set()
+    for _ in range(300):
+        result = PhotometricDistort()(image)
+        assert result.dtype == torch.uint8
+        assert (result == result[0, 0, 0]).all()
+        levels.add(int(result[0, 0, 0]))
+    assert min(levels) >= (100 - 32) // 2
+    assert max(levels) <= (100 + 32) * 3 // 2
+    assert min(levels) < 50
+    assert max(levels) > 150
+    assert 100 in levels  # all four left out, one time in eight for a grey picture
+    red = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    red[0] = 200
+    hues = torch.stack([PhotometricDistort()(red)[:, 0, 0] for _ in range(100)])
+    assert (hues[:, 1] > hues[:, 2]).any()  # towards yellow
+    assert (hues[:, 2] > hues[:, 1]).any()  # towards magenta
