@@ -1,0 +1,141 @@
+"""What the book's build needs and _config.yml cannot say."""
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
+
+MATHJAX = ("tex-chtml.js", "output/chtml/fonts/woff-v2")
+"""What the pages load of sphinx-mathjax-offline: 1.6 of its 23 MB, so it is not loaded as an extension itself."""
+
+EXECUTION_INPUTS = ("environment.yml", "detcore/**/*.py", "results/**/*")
+"""What notebooks read besides their own cells. jupyter-cache compares the cells alone: after a change
+here it would show the old outputs."""
+
+
+def execution_key(root: Path) -> str:
+    """A name for the state of all files that notebooks read."""
+    digest = hashlib.sha256()
+    for pattern in EXECUTION_INPUTS:
+        for path in sorted(root.glob(pattern)):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def place_cache(app: Sphinx, config: Config) -> None:
+    """Keep outputs for as long as nothing they came from has changed."""
+    if not config.nb_execution_cache_path:
+        cache = Path(app.outdir).parent / ".jupyter_cache" / execution_key(Path(app.srcdir))
+        config.nb_execution_cache_path = str(cache)
+
+
+def vendor_mathjax(app: Sphinx) -> None:
+    """Copy MathJax from the installed package beside the pages, so that they need no network and git holds no copy."""
+    if app.builder.format != "html":
+        return
+    spec = importlib.util.find_spec("sphinx-mathjax-offline")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(
+            "detcore_book: the package sphinx-mathjax-offline must be installed; got none. pip install detcore[book]."
+        )
+    package = Path(next(iter(spec.submodule_search_locations))) / "static/mathjax"
+    top = Path(app.outdir).parent / "_vendor"
+    for name in MATHJAX:
+        source, target = package / name, top / "vendor/mathjax" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, target)
+    app.config.html_static_path.append(str(top))
+
+
+def drop_scripts(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Leave thebe out, and what Sphinx 7.4 adds twice: a second declaration of the same name is a console error."""
+    seen, kept = set(), []
+    for script in context.get("script_files", []):
+        body = (getattr(script, "attributes", None) or {}).get("body") or ""
+        name = str(getattr(script, "filename", script) or "")
+        if "thebe" in name or "THEBE_JS_URL" in body or (not name and body in seen):
+            continue
+        seen.add(body)
+        kept.append(script)
+    context["script_files"][:] = kept
+
+
+def shape_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Head each module of the API page with its name; keep napoleon from taking words before a colon for a type."""
+    if what == "module":
+        lines[:0] = [f".. rubric:: {name}", "   :class: api-module", ""]
+    elif what in ("attribute", "data", "property") and lines and ":" in lines[0]:
+        lines[:0] = ["..", ""]  # an empty comment comes first, and has no colon
+    for i in reversed(range(len(lines) - 1)):
+        if lines[i].strip() in ("Returns:", "Yields:") and ":" in lines[i + 1]:
+            indent = lines[i + 1][: -len(lines[i + 1].lstrip())]
+            lines.insert(i + 1, indent + "\\")  # an escaped line end: prints nothing, has no colon
+
+
+def skip_visitors(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Document a thing in the module that defines it and nowhere else, however many import it."""
+    here = app.env.temp_data.get("autodoc:module")
+    there = getattr(obj, "__module__", None)
+    return (
+        True if what == "module" and isinstance(there, str) and there.startswith("detcore.") and there != here else None
+    )
+
+
+def follow_import(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
+) -> nodes.Node | None:
+    """Find what a page or docstring names as it is imported, or by its bare name if only one thing has it.
+
+    ``detcore.losses.focal_term`` is documented as ``detcore.losses.terms.focal_term``; both links work.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target = node.get("reftarget", "")
+    real = home(target) if target.startswith("detcore.") else None
+    domain = env.get_domain("py")
+    if real is None and "." not in target:
+        things = [name for name, entry in domain.objects.items() if entry.objtype != "module"]
+        named = [name for name in things if name.startswith("detcore.") and name.rpartition(".")[2] == target]
+        real = named[0] if len(named) == 1 else None
+    if real is None or real == target:
+        return None
+    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], real, node, content)
+
+
+def home(name: str) -> str | None:
+    """Where the thing imported as ``name`` is defined; ``None`` for what does not know (a constant, a module)."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            owner = getattr(importlib.import_module(".".join(parts[:cut])), parts[cut])
+            return ".".join([owner.__module__, owner.__qualname__, *parts[cut + 1 :]])
+        except ModuleNotFoundError:
+            continue
+        except AttributeError:
+            return None
+    return None
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect the above. Kernels inherit the variable, so no notebook can forget that it runs for a page."""
+    os.environ["DETCORE_STATIC"] = "1"
+    app.connect("config-inited", place_cache)
+    app.connect("builder-inited", vendor_mathjax)
+    app.connect("autodoc-process-docstring", shape_docstring, priority=100)  # napoleon comes at 500
+    app.connect("autodoc-skip-member", skip_visitors)
+    app.connect("missing-reference", follow_import)
+    app.connect("html-page-context", drop_scripts, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
