@@ -39,8 +39,8 @@ def max_iou_assign(
         force_match: a forced prior goes to the ``"object"`` that forced it, the last one if
             several did (MMDetection), to the ``"prior"``'s own best object (torchvision), or
             forcing is ``"off"``.
-        divisor: with ``targets.sizes``, priors centred beyond an image padded to multiples of
-            this many pixels are ignored: they exist only because another image is larger.
+        divisor: with ``targets.sizes``, priors whose cell begins beyond an image padded to multiples
+            of this many pixels are ignored: they exist only because another image is larger.
 
     Raises:
         ValueError: if the thresholds are out of order or ``force_match`` is unknown.
@@ -99,8 +99,10 @@ def _assignment(
 
 def _inside_own_padding(priors: Priors, targets: Targets, divisor: int) -> Bool[Tensor, "B N"]:
     batch, count = len(targets.boxes), priors.boxes.shape[1]
-    if targets.sizes is None:
+    if targets.sizes is None or priors.cells is None:
         return torch.ones(batch, count, dtype=torch.bool, device=priors.boxes.device)
     padded = (targets.sizes + divisor - 1) // divisor * divisor  # B 2, (height, width)
-    x1, y1, x2, y2 = priors.boxes.unbind(-1)
-    return ((y1 + y2) / 2 < padded[:, :1]) & ((x1 + x2) / 2 < padded[:, 1:])
+    # where cells begin, not where boxes are centred: the last cell of a coarse map may be centred beyond
+    # its image, and float32 corners give 63.999996 for a centre at 64
+    x, y = priors.cells.unbind(-1)
+    return (y < padded[:, :1]) & (x < padded[:, 1:])

@@ -103,7 +103,7 @@ class AnchorGenerator(nn.Module):
             raise ValueError(
                 f"AnchorGenerator: features must be {len(self.strides)} maps, one a stride; got {len(features)}."
             )
-        boxes = []
+        boxes, cells = [], []
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             cell = self.get_buffer(f"cell{level}")
             height, width = feature.shape[-2:]
@@ -115,9 +115,10 @@ class AnchorGenerator(nn.Module):
                 torch.arange(width, device=cell.device, dtype=cell.dtype) * step_x,
                 indexing="ij",
             )
-            shift = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
-            boxes.append((shift + cell).view(-1, 4))  # y x prior, 4
-        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes))
+            begin = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # cells, 1, 2
+            boxes.append((begin.repeat(1, 1, 2) + cell).view(-1, 4))  # y x prior, 4
+            cells.append(begin.expand(-1, self.num_priors, -1).reshape(-1, 2))
+        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells))
 
 
 def _around_zero(sides: Sequence[float], ratios: Sequence[float]) -> Float[Tensor, "n 4"]:

@@ -71,10 +71,13 @@ class Priors(_Movable):
             a square of side = its stride around it.
         counts: how many priors each feature level has, in order; plain numbers, so that the
             levels can be told apart without asking the device.
+        cells: (x, y) in pixels at which the cell of each prior begins. A cell that begins beyond an
+            image exists only because the batch holds a larger one. ``None``: every image has all.
     """
 
     boxes: Float[Tensor, "#B N 4"]
     counts: tuple[int, ...]
+    cells: Float[Tensor, "N 2"] | None = None
 
     @property
     def level(self) -> Int[Tensor, " N"]:
@@ -139,13 +142,13 @@ class Assignment:
     def num_positive(self) -> Float[Tensor, ""]:
         """Positives in the batch, at least 1: the losses' normaliser. Stays on the device.
 
-        Under data parallelism it is the mean over the workers, so that averaged gradients equal
-        those of one worker with the joint batch.
+        Under data parallelism it is the joint number, at least 1, shared out over the workers, so
+        that averaged gradients equal those of one worker with the joint batch.
         """
         count = self.positive.sum().float()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(count)
-            count = count / dist.get_world_size()
+            return count.clamp(min=1) / dist.get_world_size()
         return count.clamp(min=1)
 
 
