@@ -247,6 +247,16 @@ def test_resumed_loader_goes_on_like_an_unbroken_one(scenes, kind):
         assert_same(batch, other)
 
 
+@pytest.mark.parametrize("kind", [0, "cached"])
+def test_loader_resumed_at_the_end_of_an_epoch_goes_to_the_next(scenes, kind):
+    make = loaders(scenes, kind)
+    finished, resumed = make(), make()
+    resumed.load_state_dict({**finished.state_dict(), "position": len(finished)})
+    assert list(resumed) == []
+    assert len(list(finished)) == 6
+    assert_same(next(iter(resumed)), next(iter(finished)))  # both in epoch 1
+
+
 def test_workers_change_nothing(scenes):
     pairs = zip(loaders(scenes, 0)(), loaders(scenes, 2)(), strict=True)
     for alone, shared in pairs:

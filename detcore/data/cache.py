@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 from torchvision import tv_tensors
 from tqdm import tqdm
@@ -235,14 +235,22 @@ class CachedLoader(Counted):
 
     def __iter__(self) -> Iterator[Batch]:
         self.batch_sampler.begin()
-        yield from self._count(map(self._gather, self.batch_sampler))
+        yield from self._count(self._batches())
 
-    def _gather(self, keys: list[tuple[int, int]]) -> Batch:
-        epoch, indices = keys[0][0], np.array([index for _, index in keys])
+    def _batches(self) -> Iterator[Batch]:
+        batches = list(self.batch_sampler)
+        if not batches:  # resumed at the very end of an epoch
+            return
+        epoch, indices = batches[0][0][0], np.array([index for batch in batches for _, index in batch])
         chance = (mix(self.seed, epoch, indices) >> np.uint64(11)) * 2.0**-53
-        device = self._all.images.device
-        on_host = torch.from_numpy(indices)
+        # One copy to the device an epoch: one a batch would make the host wait for the GPU each time.
+        on_host, device = torch.from_numpy(indices), self._all.images.device
         rows, flips = on_host.to(device), torch.from_numpy(chance < self.flip).to(device)
+        counts = [len(batch) for batch in batches]
+        yield from map(self._gather, on_host.split(counts), rows.split(counts), flips.split(counts))
+
+    def _gather(self, indices: Int[Tensor, " B"], rows: Int[Tensor, " B"], flips: Bool[Tensor, " B"]) -> Batch:
+        """The batch of pictures ``rows``; ``indices`` are the same numbers on the host."""
 
         def pick(value: Tensor) -> Tensor:
             return value.index_select(0, rows)
@@ -259,8 +267,8 @@ class CachedLoader(Counted):
         return Batch(
             images=images,
             targets=Targets(boxes, pick(known.labels), valid, sizes),
-            image_ids=self._all.image_ids[on_host],
+            image_ids=self._all.image_ids[indices],
             sizes=sizes,
-            original_sizes=self._all.original_sizes[on_host],
-            indices=on_host,
+            original_sizes=self._all.original_sizes[indices],
+            indices=indices,
         )
