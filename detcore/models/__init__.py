@@ -7,14 +7,13 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models.iou_aware import iou_aware_retinanet
-from detcore.models.retinanet import retinanet
+from detcore.models import iou_aware, retinanet
 
-__all__ = ["MODELS", "get_model", "iou_aware_retinanet", "list_models", "retinanet"]
+__all__ = ["MODELS", "get_model", "list_models"]
 
 MODELS: dict[str, Callable[..., DenseDetector]] = {
-    "retinanet": retinanet,
-    "iou_aware_retinanet": iou_aware_retinanet,
+    "retinanet": retinanet.retinanet,
+    "iou_aware_retinanet": iou_aware.iou_aware_retinanet,
 }
 """Name to factory."""
 
@@ -62,7 +61,7 @@ def get_model(
     factory = MODELS[name]
     known = set(inspect.signature(factory).parameters)
     if "options" in known:  # this factory passes the rest on to RetinaNet's
-        known |= set(inspect.signature(retinanet).parameters)
+        known |= set(inspect.signature(retinanet.retinanet).parameters)
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"get_model: {name} has no option {', '.join(unknown)}; it has {sorted(known - {'options'})}.")
