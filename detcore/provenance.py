@@ -31,9 +31,8 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         ['command', 'commit', 'date', 'detcore', 'device', 'python', 'threads', 'torch', 'torchvision']
     """
     device = torch.device(device)
-    script = [Path(sys.argv[0]).name if "/" in sys.argv[0] else sys.argv[0], *sys.argv[1:]]
     return {
-        "command": shlex.join(["python", *script]),
+        "command": _command(sys.orig_argv[1:]),
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -43,6 +42,13 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "detcore": package_version(),
     }
+
+
+def _command(words: list[str]) -> str:
+    script = Path(words[0]) if words else Path()
+    if script.is_absolute() and script.parent.name == "bin":  # an installed command: its place is nobody's business
+        return shlex.join([script.name, *words[1:]])
+    return shlex.join(["python", *words])
 
 
 def _commit() -> str | None:
