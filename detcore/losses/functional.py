@@ -114,7 +114,11 @@ def quality_focal_loss(
         raise ValueError(f"quality_focal_loss: beta must be >= 0; got {beta}.")
     logits, targets = _wide(logits), _wide(targets)
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return entropy if beta == 0 else (targets - logits.sigmoid()).abs() ** beta * entropy
+    if beta == 0:
+        return entropy
+    gap = (targets - logits.sigmoid()).abs()
+    # at 0 a power below 1 has no slope, and the sigmoid of a sure logit is exactly its target
+    return torch.where(gap > 0, torch.where(gap > 0, gap, 1.0) ** beta * entropy, 0.0)
 
 
 def smooth_l1_loss(
