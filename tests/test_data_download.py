@@ -78,12 +78,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def stalls(self, start):
         """Half of it, then silence."""
         self.send_from(start, start + (len(CONTENT) - start) // 2)
-        self.server.stop.wait(20)
+        self.server.stop.wait(6)
 
     def drips(self, start):
         """A byte now and then: each comes in time, all of them never do."""
         self.send_from(start, start)
-        while not self.server.stop.wait(0.1):
+        for _ in range(60):  # 6 s, so that a client that would wait for ever fails its test and not the session
+            if self.server.stop.wait(0.1):
+                return
             try:
                 self.wfile.write(b"x")
             except OSError:
@@ -143,10 +145,11 @@ def no_part_is_taken_for_whole(folder):
     "behaviour",
     ["good", "dies", "no_range", "wrong_range", "no_length", "busy_then_good", "moved", "shorter"],
 )
-def test_fetch_gets_the_file_from_a_server_that(behaviour, url, tmp_path):
+@pytest.mark.parametrize("size", [None, len(CONTENT)])
+def test_fetch_gets_the_file_from_a_server_that(behaviour, size, url, tmp_path):
     if behaviour in ("wrong_range", "shorter"):
         (tmp_path / "x.tar.part").write_bytes(CONTENT[:1000])
-    assert quick([url(behaviour)], tmp_path / "x.tar", SHA256) == tmp_path / "x.tar"
+    assert quick([url(behaviour)], tmp_path / "x.tar", SHA256, size=size) == tmp_path / "x.tar"
     assert (tmp_path / "x.tar").read_bytes() == CONTENT
     assert os.listdir(tmp_path) == ["x.tar"]
 
@@ -389,6 +392,15 @@ def test_download_installs_again_what_was_removed(archives, server, tmp_path):
     download_module.download("test", root, progress=False)
     assert (root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").read_text() == "test"
     assert len(server.requests) == 2  # from the archive that was kept
+
+
+def test_download_trusts_its_marker_and_not_what_lies_there(archives, tmp_path):
+    root = tmp_path / "root"
+    file = root / "VOCdevkit/VOC2007/ImageSets/Main/test.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("half of it")  # as a killed move might leave it
+    download_module.download("test", root, progress=False)
+    assert file.read_text() == "test"
 
 
 def test_download_does_not_take_half_an_unpacking_for_whole(archives, tmp_path, monkeypatch):
