@@ -1,0 +1,134 @@
+"""Detectors out of checkpoints, data sets that fit them, and how pictures are prepared for both.
+
+How pictures are prepared is a small dict in the checkpoint, ``pictures``: ``{"size": 128}`` for a warp
+to a square, ``{"short_side": 600, "long_side": 1000}``, or neither for pictures as they are; and the data
+set's ``category_ids``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from detcore.checkpoint import CheckpointError, load_checkpoint, model_weights
+from detcore.cli.options import is_shown
+from detcore.data import DataError, DetectionDataset, open_dataset
+from detcore.data.loader import CachedDataset, CachedLoader, Loader, make_loader
+from detcore.data.sampling import Transform
+from detcore.data.transforms import retinanet_transform, square_transform
+from detcore.models import get_model
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A detector and what it takes to use it.
+
+    Args:
+        detector: in evaluation mode, on its device.
+        spec: name and options it was built with.
+        classes: name of each class.
+        category_ids: id of each class in the data it was trained on.
+        pictures: how they are prepared; see above.
+    """
+
+    detector: nn.Module
+    spec: dict[str, Any]
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    pictures: dict[str, Any]
+
+
+def load_detector(path: Path, overrides: Mapping[str, Any], device: torch.device) -> Trained:
+    """The detector of a checkpoint, with the averaged weights if the run kept them.
+
+    Args:
+        path: the file, or a folder with ``last.pt``.
+        overrides: options of the model to change, such as ``nms_iou`` or ``fusion_alpha``; not those
+            that change the weights.
+        device: where to.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if it was not written by ``detcore train``, or ``overrides`` change the weights.
+    """
+    file = path / "last.pt" if path.is_dir() else path
+    checkpoint = load_checkpoint(file, map_location=device)
+    spec, classes = checkpoint.get("spec"), checkpoint.get("classes")
+    if not spec or not classes:
+        missing = "how to build the detector" if not spec else "its classes"
+        raise CheckpointError(
+            f"load_detector: checkpoint must say how to build the detector and name its classes; {file} does not say "
+            f"{missing}. Train with detcore train, or a model of detcore.models.get_model on a data set with classes."
+        )
+    spec = {**spec, **overrides}
+    detector = get_model(**spec).to(device).eval()
+    try:
+        detector.load_state_dict(model_weights(checkpoint))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"load_detector: KEY=VALUE must not change the weights; got {dict(overrides)} for {file}. "
+            f"torch says: {' '.join(str(error).split())[:300]}"
+        ) from error
+    pictures = dict(checkpoint.get("pictures") or {})
+    category_ids = tuple(pictures.pop("category_ids", range(len(classes))))
+    return Trained(detector, spec, tuple(classes), category_ids, pictures)
+
+
+def open_split(
+    data: str, split: str, *, classes: Sequence[str] | None, skip_bad: bool, only_with_objects: bool
+) -> DetectionDataset:
+    """A split of a data set with at least one picture, restricted to ``classes`` where it has others too.
+
+    Raises:
+        DataError: if it has no such picture, or lacks a class.
+    """
+    is_scenes = data.partition(":")[0] == "scenes"
+    wanted = None if is_scenes else classes
+    if is_scenes and only_with_objects:
+        raise ValueError("detcore: --only-with-objects is for pictures from files; scenes has empty ones on purpose.")
+    dataset = open_dataset(data, split, skip_bad, wanted, only_with_objects=only_with_objects)
+    if is_scenes and classes is not None and tuple(classes) != dataset.classes:
+        raise DataError(
+            f"detcore: classes must be those of scenes, {', '.join(dataset.classes)}; got {', '.join(classes)}."
+        )
+    if not len(dataset):
+        hint = " All were left out as bad." if dataset.skipped else ""
+        raise DataError(f"detcore: {data} must have a picture to {split} with; got none.{hint}")
+    return dataset
+
+
+def transform_for(pictures: Mapping[str, Any], *, train: bool) -> Transform | None:
+    """How pictures are prepared, mirrored at random in training; ``None`` leaves them as they are."""
+    if "size" in pictures:
+        return square_transform(pictures["size"], train=train)
+    if "short_side" in pictures:
+        return retinanet_transform(pictures["short_side"], pictures["long_side"], train=train)
+    return None
+
+
+def has_one_size(pictures: Mapping[str, Any]) -> bool:
+    """Whether all pictures come out with one size, so that they can be cached."""
+    return "short_side" not in pictures
+
+
+def loader_to_test(dataset: DetectionDataset, pictures: Mapping[str, Any], *, batch_size: int, workers: int) -> Loader:
+    """Batches to detect on, each picture once, in order."""
+    transform = transform_for(pictures, train=False)
+    return make_loader(dataset, transform, batch_size=batch_size, shuffle=False, num_workers=workers)
+
+
+def cached_loader(
+    dataset: DetectionDataset,
+    pictures: Mapping[str, Any],
+    *,
+    threads: int,
+    **options: Any,
+) -> CachedLoader:
+    """The same out of a cache, for data that is looked at many times; ``options`` as for :class:`CachedLoader`."""
+    cached = CachedDataset(dataset, transform_for(pictures, train=False), num_threads=threads, progress=is_shown())
+    return CachedLoader(cached, **options)

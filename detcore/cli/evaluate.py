@@ -1,0 +1,108 @@
+"""``detcore eval``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from detcore.cli.detectors import load_detector, open_split, loader_to_test
+from detcore.cli.options import Common, Device, Flag, Pairs, is_shown, pick_device, read_pairs, write_json
+from detcore.evaluation import CocoEvaluator, VocEvaluator, collect
+from detcore.provenance import provenance
+
+__all__: list[str] = []
+
+EXAMPLES = """
+examples:
+  detcore eval --checkpoint runs/cats --data coco-json:voc20 --only-with-objects
+  # the same weights, ranked by the class score alone, and with another suppression
+  detcore eval --checkpoint runs/cats --data coco-json:voc20 --only-with-objects fusion_alpha=1 nms_iou=0.6
+  detcore eval --checkpoint runs/retinanet/best.pt --data voc:VOCdevkit --voc
+
+KEY=VALUE words change options of the model that do not change its weights: score_threshold, candidates,
+nms_iou, max_detections, and what the paper adds, such as fusion_alpha and threshold_on.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Common):
+    """Average precision and recall of a checkpoint on a data set, in original pixels.
+
+    Args:
+        options: options of the model, such as nms_iou=0.6.
+        checkpoint: file, or folder of a run, whose last.pt is taken.
+        data: as for detcore train; classes are the checkpoint's.
+        split: which part of it.
+        only_with_objects: keep only pictures with an object of the checkpoint's classes.
+        skip_bad: leave out bad objects and pictures, and count them, in place of stopping.
+        voc: also PASCAL VOC's average precision at IoU 0.5, by area and by 11 points.
+        batch_size: pictures a batch.
+        workers: processes that load pictures.
+        device: auto takes a GPU if there is one.
+        output: JSON file for the numbers; default: eval.json beside the checkpoint.
+    """
+
+    options: Pairs = ()
+    checkpoint: Path
+    data: str
+    split: Literal["train", "test"] = "test"
+    only_with_objects: Flag = False
+    skip_bad: Flag = False
+    voc: Flag = False
+    batch_size: int = 16
+    workers: int = 2
+    device: Device = "auto"
+    output: Path | None = None
+
+    def run(self) -> int:
+        """Detect, measure, print, write."""
+        self.begin()
+        device = pick_device(self.device)
+        trained = load_detector(self.checkpoint, read_pairs(self.options), device)
+        dataset = open_split(
+            self.data, self.split, classes=trained.classes, skip_bad=self.skip_bad,
+            only_with_objects=self.only_with_objects,
+        )  # fmt: skip
+        loader = loader_to_test(dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers)
+        detections, targets = collect(trained.detector, loader, dataset, device=device, progress=is_shown())
+        judges: dict[str, Any] = {"": CocoEvaluator(len(trained.classes))}
+        if self.voc:
+            judges["VOC_area_"] = VocEvaluator(len(trained.classes))
+            judges["VOC_11point_"] = VocEvaluator(len(trained.classes), interpolation="11point")
+        metrics: dict[str, float] = {}
+        for prefix, judge in judges.items():
+            judge.update(detections, targets)
+            names = judge.compute()
+            metrics |= {prefix + name: value for name, value in names.items() if not prefix or name == "AP50"}
+        print(f"{dataset.name}: {len(dataset)} pictures, {len(trained.classes)} classes")
+        print(format_numbers(metrics))
+        folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
+        output = self.output or folder / "eval.json"
+        content = {
+            "metrics": metrics,
+            "model": trained.spec,
+            "classes": trained.classes,
+            "pictures": trained.pictures,
+            "data": {
+                "spec": self.data, "split": self.split, "name": dataset.name, "pictures": len(dataset),
+                "num_skipped": len(dataset.skipped), "skipped": list(dataset.skipped),
+            },
+            "provenance": {**provenance(device), "command": self.words},
+        }  # fmt: skip
+        write_json(output, content)
+        print(f"wrote {output}")
+        return 0
+
+
+def format_numbers(metrics: Mapping[str, float]) -> str:
+    """Numbers in lines of four.
+
+    Example:
+        >>> print(format_numbers({"AP": 0.25, "AP50": 0.5}))
+        AP            0.250   AP50          0.500
+    """
+    cells = [f"{name:<12}{value:>7.3f}" for name, value in metrics.items()]
+    return "\n".join("   ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))
+
+
+COMMAND = Evaluate
