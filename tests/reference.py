@@ -255,7 +255,7 @@ def nms(boxes, scores, threshold):
     """Indices kept, best first."""
     kept = []
     for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
-        if all(iou(boxes[i], boxes[k]) <= threshold for k in kept):
+        if threshold is None or all(iou(boxes[i], boxes[k]) <= threshold for k in kept):
             kept.append(i)
     return kept
 

@@ -32,7 +32,7 @@ class DenseHead(nn.Module):
         prior_probability: what the class sigmoid answers before training.
 
     Raises:
-        ValueError: if a name is used twice or is "logits" or "deltas".
+        ValueError: if ``depth`` is negative, or a name is used twice or is "logits" or "deltas".
 
     Example:
         >>> from detcore.coders import DeltaCoder
@@ -56,6 +56,8 @@ class DenseHead(nn.Module):
         prior_probability: float = 0.01,
     ) -> None:
         super().__init__()
+        if depth < 0:
+            raise ValueError(f"DenseHead: depth must be >= 0; got {depth}.")
         names = ["logits", *class_extras, "deltas", *box_extras]
         if len(set(names)) != len(names):
             raise ValueError(f'DenseHead: extras must have names of their own, not "logits" or "deltas"; got {names}.')
