@@ -1,5 +1,6 @@
 """Training: the loop's arithmetic, what it writes, what it survives, and several processes."""
 
+import functools
 import json
 import logging
 import math
@@ -677,7 +678,8 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch(tmp_path):
 
 
 @pytest.mark.compile
-def test_compiled_training_is_the_eager_one():
+def test_compiled_training_is_the_eager_one(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++ compiler
     settings = {"epochs": 1, "log_every": 1, "checkpoint_every_steps": None}
     eager = train(Toy(dropout=0.0), loader(), config(None, **settings))
     compiled = train(Toy(dropout=0.0), loader(), config(None, compile=True, **settings))

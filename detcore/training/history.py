@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from detcore.training.config import TrainConfig
@@ -142,8 +141,9 @@ class RunLog:
         self.bar.update(1)
         if step.step % self.config.log_every:
             return
-        mean = torch.tensor(self.window).mean(0).to(self.accelerator.device)
-        *means, norm = self.accelerator.reduce(mean, "mean").tolist()
+        here = torch.tensor(self.window).mean(0).to(self.accelerator.device)
+        everywhere: Any = self.accelerator.reduce(here, "mean")
+        *means, norm = everywhere.tolist()
         losses = dict(zip(step.losses, means, strict=True))
         now = time.perf_counter()
         speed = round(self.images * self.accelerator.num_processes / (now - self.since), 2)
@@ -196,10 +196,10 @@ def _show_progress(config: TrainConfig) -> bool:
 
 def _json_ready(value: Any) -> Any:
     """JSON has no infinity, and no tensors: numbers that are not finite become null."""
+    if hasattr(value, "tolist"):  # tensors, numpy's arrays and numbers
+        return _json_ready(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, Tensor | np.generic | np.ndarray):
-        value = value.tolist()
     if isinstance(value, list | tuple):
         return [_json_ready(item) for item in value]
     if isinstance(value, Path):

@@ -68,7 +68,7 @@ def train(
         >>> config = TrainConfig(epochs=100, lr=0.05, warmup_steps=0, schedule="cosine", device="cpu")
         >>> model = Mean()
         >>> history = train(model, [batch], config)
-        >>> [round(value, 2) for value in model.colour.tolist()]
+        >>> [round(value, 1) for value in model.colour.tolist()]
         [1.0, 1.0, 1.0]
     """
     run = Run(model, loader, config, on_step)
@@ -84,7 +84,8 @@ def train(
 
                     with torch.autocast(run.device.type, dtype=run.half, enabled=run.half is not None):
                         losses = run.network(images, targets)
-                    scaler.scale(sum(losses.values())).backward()
+                    total = sum(losses.values(), start=torch.zeros((), device=run.device))
+                    scaler.scale(total).backward()
                     scaler.unscale_(optimizer)
                     norm = nn.utils.clip_grad_norm_(run.parameters, config.clip_norm or math.inf)
 

@@ -5,7 +5,7 @@ import logging
 import random
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,8 +29,8 @@ class LossModule(nn.Module):
     def __init__(self, detector: nn.Module, *, is_compiled: bool) -> None:
         super().__init__()
         self.detector = detector
-        loss = detector.loss if hasattr(detector, "loss") else detector.forward
-        self.loss = torch.compile(loss) if is_compiled else loss
+        loss: Any = getattr(detector, "loss", detector.forward)
+        self.loss: Callable[..., dict[str, Tensor]] = torch.compile(loss) if is_compiled else loss
 
     def forward(self, images: Any, targets: Any) -> dict[str, Tensor]:
         """The loss terms."""
@@ -113,7 +113,7 @@ def unpack(batch: Any, device: torch.device, *, is_channels_last: bool) -> tuple
     return images, batch.targets, image_ids
 
 
-def checked_length(loader: Iterable[Any], num_processes: int) -> int:
+def checked_length(loader: Any, num_processes: int) -> int:
     """Batches in an epoch.
 
     Raises:
@@ -153,10 +153,11 @@ def find_checkpoint(config: TrainConfig, num_processes: int) -> dict[str, Any] |
                 'Go on from it with resume="auto", or choose another folder.'
             )
         return None
-    is_auto = str(config.resume) == "auto"
-    path = last if is_auto else Path(config.resume)
-    if path is None or (is_auto and not path.exists()):
-        return None
+    path = Path(config.resume)
+    if last is not None and str(config.resume) == "auto":
+        if not last.exists():
+            return None
+        path = last
     checkpoint = load_checkpoint(path)
     if "position" not in checkpoint:
         raise ValueError(f"train: config.resume must be a checkpoint of a run; got {path}, a replay of a fault.")
@@ -180,7 +181,8 @@ def identity(model: nn.Module, loader: Any = None) -> dict[str, Any]:
 
     Returns:
         ``spec``, what :func:`detcore.models.get_model` was asked for, or ``None`` if the model is of another
-        kind or was given parts that no file can hold; ``classes``, their names, from the model or the data.
+        kind or was given parts that no file can hold; ``classes``, their names, from the model or the data;
+        ``pictures``, the model's attribute of that name if it has one: how pictures are prepared for it.
     """
     spec = dict(getattr(model, "spec", None) or {})
     if find_not_plain(spec):
@@ -188,10 +190,11 @@ def identity(model: nn.Module, loader: Any = None) -> dict[str, Any]:
             "training: the checkpoints will not say how to build the model: %s", find_not_plain(spec, "spec")
         )
         spec = {}
-    source = model
+    source: Any = model
     while source is not None and not hasattr(source, "classes"):
         source = loader if source is model else getattr(source, "dataset", None)
-    return {"spec": spec or None, "classes": None if source is None else [str(name) for name in source.classes]}
+    classes = None if source is None else [str(name) for name in source.classes]
+    return {"spec": spec or None, "classes": classes, "pictures": getattr(model, "pictures", None)}
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:

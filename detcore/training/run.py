@@ -2,7 +2,7 @@
 
 import platform
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +55,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        loader: Iterable[Any],
+        loader: Any,
         config: TrainConfig,
         on_step: Callable[[Step], None] | None,
     ) -> None:
@@ -73,11 +73,13 @@ class Run:
         self.resumed = find_checkpoint(config, self.accelerator.num_processes)
         seed_everything(config.seed + self.rank)
 
-        model.to(self.device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+        model.to(self.device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
         if self.resumed:
             model.load_state_dict(self.resumed["model"])
         self.ema = None if config.ema_decay is None else Average(model, config.ema_decay)
-        self.optimizer = make_optimizer(model, config, is_fused=self.precision != "fp16")
+        self.optimizer: Any = make_optimizer(model, config, is_fused=self.precision != "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.network = self.accelerator.prepare(LossModule(model, is_compiled=config.compile))
