@@ -104,49 +104,36 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
-"""Key -> (test of its value, what it must be)."""
+Rule = tuple[Callable[[Any], bool], str]
+"""Test of a value, and what it must be. Lambdas, as the hook that checks types in tests is too slow for so many calls."""
+
+INTEGER: Rule = (lambda value: type(value) is int, "an integer")
+SIDE: Rule = (lambda v: type(v) in (int, float) and v >= 1 and v % 1 == 0, "a whole number of pixels >= 1")
+TEXT: Rule = (lambda value: isinstance(value, str) and value != "", "a text")
+BBOX: Rule = (
+    lambda v: type(v) is list and len(v) == 4 and all(type(x) in (int, float) for x in v),
+    "[x, y, width, height]",
+)
 
 
-def _complete(rows: list[Any], rules: Rules, kind: str, file: Path, faults: Faults) -> list[Any]:
+def _complete(rows: list[Any], rules: Mapping[str, Rule], kind: str, file: Path, faults: Faults) -> list[Any]:
     """The rows whose keys exist and pass their rules; notes the others by id or position."""
+    tests = [(key, test) for key, (test, _) in rules.items()]
     good = []
     for position, row in enumerate(rows):
-        key = _wrong_key(row, rules)
+        here = row if type(row) is dict else {}
+        key = next((key for key, test in tests if key not in here or not test(here[key])), None)
         if key is None:
             good.append(row)
             continue
-        here = row if isinstance(row, dict) else {}
         name = f"{kind} id {here['id']}" if "id" in here else f"{kind} number {position} (from 0, without id)"
         got = f"got {here[key]!r}" if key in here else f"the key is missing, got {sorted(here)}"
         faults.add(f'{file}: {name}: "{key}" must be {rules[key][1]}; {got}. Complete or remove the entry.')
     return good
 
 
-def _wrong_key(row: Any, rules: Rules) -> str | None:
-    if not isinstance(row, dict):
-        return next(iter(rules))
-    return next((key for key, (test, _) in rules.items() if key not in row or not test(row[key])), None)
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_side(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 1 and value == int(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_bbox(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
-
-
 def _read_categories(rows: list[Any], file: Path, faults: Faults) -> tuple[list[str], np.ndarray]:
-    rules = {"id": (_is_int, "an integer"), "name": (_is_text, "a text")}
+    rules = {"id": INTEGER, "name": TEXT}
     rows = sorted(_complete(rows, rules, "category", file, faults), key=lambda row: row["id"])
     names, ids = [row["name"] for row in rows], [row["id"] for row in rows]
     if not rows or len(set(ids)) != len(ids) or len(set(names)) != len(names):
@@ -160,10 +147,10 @@ def _read_categories(rows: list[Any], file: Path, faults: Faults) -> tuple[list[
 def _read_images(rows: list[Any], file: Path, faults: Faults) -> tuple[list[Any], set[Any]]:
     """The sound entries, and the ids of the others."""
     rules = {
-        "id": (_is_int, "an integer"),
-        "file_name": (_is_text, "a path"),
-        "width": (_is_side, "a whole number of pixels >= 1"),
-        "height": (_is_side, "a whole number of pixels >= 1"),
+        "id": INTEGER,
+        "file_name": TEXT,
+        "width": SIDE,
+        "height": SIDE,
     }
     good, seen = [], {}
     for row in _complete(rows, rules, "image", file, faults):
@@ -175,7 +162,7 @@ def _read_images(rows: list[Any], file: Path, faults: Faults) -> tuple[list[Any]
             continue
         seen[row["id"]] = row["file_name"]
         good.append(row)
-    left_out = {row["id"] for row in rows if isinstance(row, dict) and _is_int(row.get("id"))} - seen.keys()
+    left_out = {row["id"] for row in rows if isinstance(row, dict) and type(row.get("id")) is int} - seen.keys()
     return good, left_out
 
 
@@ -190,9 +177,9 @@ def _read_objects(
 ) -> dict[str, np.ndarray]:
     """Arrays of the sound objects; ``picture`` indexes ``images``."""
     rules = {
-        "image_id": (_is_int, "an integer"),
-        "category_id": (_is_int, "an integer"),
-        "bbox": (_is_bbox, "[x, y, width, height]"),
+        "image_id": INTEGER,
+        "category_id": INTEGER,
+        "bbox": BBOX,
     }
     rows = _complete(rows, rules, "annotation", file, faults)
     rows = [row for row in rows if row["image_id"] not in left_out]  # they went with their picture
