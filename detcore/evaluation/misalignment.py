@@ -117,40 +117,40 @@ class Misalignment:
     def summary(self) -> str:
         """The numbers as text, for a terminal of 100 columns."""
         lines = [f"{self.num_images} images, {self.num_objects} objects, {self.num_detections} detections", ""]
-        lines += [f"{'correlation of score and IoU':<30}{'boxes':>8}{'Pearson':>20}{'Spearman':>20}{'Kendall':>20}"]
+        lines += [f"{'correlation of score and IoU':<28}{'boxes':>8}{'Pearson':>21}{'Spearman':>21}{'Kendall':>21}"]
         for name, c in self.correlations.items():
             cells = [
                 f"{_number(getattr(c, key))} {_interval(c.intervals[key])}"
                 for key in ("pearson", "spearman", "kendall")
             ]
-            lines += [f"  {name:<28}{c.count:>8}" + "".join(f"{cell:>20}" for cell in cells)]
+            lines += [f"  {name:<26}{c.count:>8}" + "".join(f"{cell:>21}" for cell in cells)]
         names = [n for n in ("AP", "AP50", "AP60", "AP75", "AP90") if n in self.average_precision["as scored"]]
-        lines += ["", f"{'average precision':<30}" + "".join(f"{n:>8}" for n in names)]
+        lines += ["", f"{'average precision':<28}" + "".join(f"{n:>8}" for n in names)]
         for ranking, numbers in self.average_precision.items():
-            lines += [f"  {ranking:<28}" + "".join(f"{_number(numbers[n]):>8}" for n in names)]
+            lines += [f"  {ranking:<26}" + "".join(f"{_number(numbers[n]):>8}" for n in names)]
         grid = (0.5, 0.6, 0.7, 0.8, 0.9)
-        lines += ["", f"{'best IoU of an object':<30}{'mean':>8}" + "".join(f"{f'>={t:g}':>8}" for t in grid)]
+        lines += ["", f"{'best IoU of an object':<28}{'mean':>8}" + "".join(f"{f'>={t:g}':>8}" for t in grid)]
         for stage, best in self.best_ious.items():
             cells = [_number(v) for v in (_mean(best), *(_mean(best >= t) for t in grid))]
-            lines += [f"  {stage:<28}" + "".join(f"{cell:>8}" for cell in cells)]
+            lines += [f"  {stage:<26}" + "".join(f"{cell:>8}" for cell in cells)]
         if BEFORE in self.best_ious:
-            lines += [f"  {'objects lost by NMS':<28}{'':>8}" + "".join(f"{self.objects_lost(t):>8}" for t in grid)]
+            lines += [f"  {'objects lost by NMS':<26}{'':>8}" + "".join(f"{self.objects_lost(t):>8}" for t in grid)]
         floor = self.counts[AFTER].floor
         lines += [
             "",
-            f"{f'share of boxes, score > {floor:g}':<30}{'boxes':>8}" + "".join(f"{f'>{t:g}':>8}" for t in grid),
+            f"{f'share of boxes, score > {floor:g}':<28}{'boxes':>8}" + "".join(f"{f'>{t:g}':>8}" for t in grid),
         ]
         for stage, c in self.counts.items():
             shares = {"IoU": (c.iou_thresholds, c.iou_shares()), "score": (c.score_thresholds, c.score_shares())}
             for what, (thresholds, values) in shares.items():
                 cells = [_number(values[thresholds.index(t)]) for t in grid]
                 label, total = f"{what}, {stage}", int(c.total.sum())
-                lines += [f"  {label:<28}{total:>8}" + "".join(f"{cell:>8}" for cell in cells)]
-        lines += ["", f"{'boxes by score':<30}{'boxes':>8}{'score':>8}{'IoU':>8}{'>=0.5':>8}"]
+                lines += [f"  {label:<26}{total:>8}" + "".join(f"{cell:>8}" for cell in cells)]
+        lines += ["", f"{'boxes by score':<28}{'boxes':>8}{'score':>8}{'IoU':>8}{'>=0.5':>8}"]
         rows = zip(self.bins.count, self.bins.mean_score, self.bins.mean_iou, self.bins.share_close, strict=True)
         for k, (count, *values) in enumerate(rows):
             label = f"{self.bins.edges[k]:.1f} to {self.bins.edges[k + 1]:.1f}"
-            lines += [f"  {label:<28}{count:>8}" + "".join(f"{_number(v):>8}" for v in values)]
+            lines += [f"  {label:<26}{count:>8}" + "".join(f"{_number(v):>8}" for v in values)]
         return "\n".join(lines)
 
 
@@ -261,7 +261,7 @@ def _number(value: float) -> str:
 
 
 def _interval(pair: tuple[float, float]) -> str:
-    return "" if math.isnan(pair[0]) else f"[{pair[0]:.2f}, {pair[1]:.2f}]"
+    return "" if math.isnan(pair[0]) else f"[{pair[0]:.2f}, {pair[1]:.2f}]".replace("0.", ".")
 
 
 def _without_nan(value: Any) -> Any:

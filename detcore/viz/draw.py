@@ -219,7 +219,8 @@ def _show(image: Any, ax: Axes | None) -> Axes:
         pixels = (pixels.float().clamp(0, 1) if pixels.is_floating_point() else pixels).movedim(0, -1).numpy()
     else:
         pixels = np.asarray(image)
-    ax.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray")
+    white = 255 if pixels.dtype == np.uint8 else 1  # else matplotlib would stretch a grey picture's contrast
+    ax.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=white)
     ax.set_xticks([])
     ax.set_yticks([])
     # imshow puts the middle of the first pixel at 0; boxes count from its corner.

@@ -20,7 +20,7 @@ __all__ = [
     "plot_score_iou",
 ]
 
-Series = Sequence[float] | np.ndarray
+Series = Sequence | np.ndarray  # of numbers
 
 _MARKERS = ("o", "s", "^", "D", "v", "x")
 
@@ -192,12 +192,12 @@ class _Report(Protocol):
     bins: Any
 
 
-def plot_misalignment(report: _Report, axes: Sequence[Axes] | None = None) -> np.ndarray:
+def plot_misalignment(report: _Report, axes: Sequence[Axes] | np.ndarray | None = None) -> np.ndarray:
     """The four pictures of a report: score and IoU, score bins, AP by ranking, best IoU of each object.
 
     Args:
         report: a ``detcore.evaluation.Misalignment``.
-        axes: four of them; ``None`` for a new figure of two by two.
+        axes: four of them, in a row or two by two; ``None`` for a new figure.
 
     Returns:
         The four Axes, in that order.
@@ -214,8 +214,8 @@ def plot_misalignment(report: _Report, axes: Sequence[Axes] | None = None) -> np
         ['Final boxes', 'Boxes by score', 'AP by ranking', 'Best box of each object']
     """
     if axes is None:
-        _, grid = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained")
-        axes = grid.ravel()
+        axes = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained")[1]
+    axes = np.ravel(axes)
     if len(axes) != 4:
         raise ValueError(f"plot_misalignment: axes must be four; got {len(axes)}.")
     plot_score_iou(report.scores["after NMS"], report.ious["after NMS"], ax=axes[0], title="Final boxes")
@@ -226,7 +226,7 @@ def plot_misalignment(report: _Report, axes: Sequence[Axes] | None = None) -> np
     curves = {ranking: [numbers[n] for n in names] for ranking, numbers in report.average_precision.items()}
     plot_curves(thresholds, curves, ax=axes[2], title="AP by ranking")
     plot_best_iou(report.best_ious, ax=axes[3], title="Best box of each object")
-    return np.asarray(axes)
+    return axes
 
 
 def _new_axes(size: tuple[float, float]) -> Axes:
