@@ -115,6 +115,13 @@ def change(path, value):
 BAD = [
     # (path, value, what the message says, pictures and objects left by skip_bad)
     (
+        ("images", 0, "width"),
+        float("inf"),
+        r'image id 30: "width" must be a whole number of pixels >= 1; got inf',
+        2,
+        3,
+    ),
+    (
         ("annotations", 0, "bbox"),
         [9, 9, 0, 4],
         r"annotation id 1 \(image id 36\): bbox .*width > 0.*got \[9, 9, 0, 4\]",

@@ -105,7 +105,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 Rule = tuple[Callable[[Any], bool], str]
-"""Test of a value, and what it must be. Lambdas, as the hook that checks types in tests is too slow for so many calls."""
+"""Test of a value, and what it must be. Lambdas, as the hook that checks types in tests is slow on so many calls."""
 
 INTEGER: Rule = (lambda value: type(value) is int, "an integer")
 SIDE: Rule = (lambda v: type(v) in (int, float) and v >= 1 and v % 1 == 0, "a whole number of pixels >= 1")
