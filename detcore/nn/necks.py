@@ -64,6 +64,16 @@ class FPN(nn.Module):
         for i in (1, 0):  # to the lateral's own size: strides leave odd sizes
             merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
         levels = [conv(m) for conv, m in zip(self.outputs, merged, strict=True)]
-        p6 = self.p6(features[-1] if self.p6_from == "c5" else levels[-1])
-        p7 = self.p7(F.relu(p6) if self.relu_before_p7 else p6)
+        p6 = self.p6(_two_pixels(features[-1] if self.p6_from == "c5" else levels[-1]))
+        p7 = self.p7(_two_pixels(F.relu(p6) if self.relu_before_p7 else p6))
         return [*levels, p6, p7]
+
+
+def _two_pixels(x: Tensor) -> Tensor:
+    """``x``; where a side is one pixel, two, with the zeros that the convolution's own padding has there.
+
+    The result is the same. But oneDNN's bfloat16 weight gradient of a strided 3x3 convolution on a
+    map one pixel wide, channels last, reads memory that nobody wrote (torch 2.15: often NaN).
+    """
+    height, width = x.shape[-2:]
+    return F.pad(x, (0, int(width == 1), 0, int(height == 1))) if min(height, width) == 1 else x
