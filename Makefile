@@ -83,10 +83,10 @@ unit: $(VENV)/.test-stamp
 	$(SAY) 'tests and doctests, shapes checked at every call, $(WORKERS) processes'
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not compile and not browser'
 
-# The shape hook splits a compiled graph, so these run without it.
+# The shape hook splits a compiled graph (even disabled it stays around dataclasses), so these run without it.
 compile: $(VENV)/.test-stamp
 	$(SAY) 'compiled training and inference graphs'
-	JAXTYPING_DISABLE=1 $(PY) -m pytest tests -n $(WORKERS) -m compile
+	JAXTYPING_DISABLE=1 $(PY) -m pytest -o addopts=--strict-markers tests -n $(WORKERS) -m compile
 
 notebooks: $(VENV)/.test-stamp
 	$(SAY) 'notebooks with live widgets'
