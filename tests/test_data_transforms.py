@@ -21,6 +21,7 @@ from detcore.data.transforms import (
 )
 
 # Far apart in colour, so that each rectangle can be found again after any geometry.
+CANVAS = torch.tensor([0.0, 0.0, 160.0, 120.0])
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=torch.uint8)
 
 
@@ -212,14 +213,21 @@ def test_ssd_crop_distorts_the_picture_and_not_the_mean_colour():
     assert seen == {PAD_COLOUR, (255, 255, 255)}
 
 
+def test_ssd_crop_window_beside_the_picture_shows_the_mean_colour():
+    crop = SsdCrop(64, zoom=1.0)
+    crop.window = lambda boxes, canvas: torch.tensor([170.0, 0.0, 200.0, 30.0])
+    image, target = crop(*empty_sample())
+    assert (image == torch.tensor(PAD_COLOUR)[:, None, None]).all()
+    assert tuple(target["boxes"].shape) == (0, 4)
+
+
 def test_ssd_crop_of_the_whole_canvas_equals_a_plain_resize():
     image, target = sample()
     crop = SsdCrop(80, zoom=0.0)
-    crop.window = lambda boxes, height, width: (0.0, 0.0, float(width), float(height))
+    crop.window = lambda boxes, canvas: canvas
     result, cropped = crop(image, target)
     expected, resized = square_transform(80, train=False)(image, target)
-    # Pillow and torch round differently by one level at most.
-    torch.testing.assert_close(result.int(), expected.int(), atol=1, rtol=0)
+    torch.testing.assert_close(result, expected, atol=0, rtol=0)
     torch.testing.assert_close(cropped["boxes"], resized["boxes"])
 
 
@@ -229,7 +237,7 @@ def test_ssd_windows_obey_their_rule(rule, reduce):
     crop = SsdCrop(100, rule=rule)
     reached, whole = [], 0
     for _ in range(400):
-        window = torch.tensor([crop.window(boxes, 120.0, 160.0)])
+        window = crop.window(boxes, CANVAS)[None]
         x1, y1, x2, y2 = window[0].tolist()
         assert 0 <= x1 < x2 <= 160.001
         assert 0 <= y1 < y2 <= 120.001
@@ -254,7 +262,7 @@ def test_ssd_crop_rules_differ():
     shares = {}
     for rule in ("some", "all"):
         torch.manual_seed(0)
-        windows = torch.tensor([SsdCrop(100, rule=rule).window(boxes, 120.0, 160.0) for _ in range(200)])
+        windows = torch.stack([SsdCrop(100, rule=rule).window(boxes, CANVAS) for _ in range(200)])
         shares[rule] = float((pairwise_iou(windows, boxes).amax(1) >= 0.5).float().mean())
     assert shares["some"] > 0.45
     assert shares["all"] < 0.4

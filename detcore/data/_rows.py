@@ -16,4 +16,7 @@ def keep_rows(
 ) -> dict[str, Any]:
     """The target with new boxes on a canvas of ``size``, rows of all per-object keys chosen."""
     rows = {key: target[key][keep] for key in PER_OBJECT if key in target}
-    return {**target, **rows, "boxes": tv_tensors.BoundingBoxes(boxes[keep], format="XYXY", canvas_size=size)}
+    chosen = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]  # torchvision's overloads
+        boxes[keep], format="XYXY", canvas_size=size
+    )
+    return {**target, **rows, "boxes": chosen}

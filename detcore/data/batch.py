@@ -51,9 +51,10 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
+        known = self.targets
+        sizes = None if known.sizes is None else known.sizes.pin_memory()
+        targets = Targets(known.boxes.pin_memory(), known.labels.pin_memory(), known.valid.pin_memory(), sizes)
         pinned = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "targets"}
-        parts = {f.name: getattr(self.targets, f.name) for f in fields(self.targets)}
-        targets = Targets(**{k: None if v is None else v.pin_memory() for k, v in parts.items()})
         return Batch(targets=targets, **pinned)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from detcore.data.batch import Batch
 
@@ -47,7 +48,7 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-class TransformedDataset:
+class TransformedDataset(Dataset):
     """A dataset seen through a transform whose randomness depends on (seed, epoch, index) only.
 
     Args:

@@ -116,7 +116,9 @@ class Scenes:
         boxes = self._jittered(objects.boxes, index) if self.noise else objects.boxes
         xyxy = torch.from_numpy(boxes.astype(np.float32))
         return {
-            "boxes": tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=(self.size, self.size)),
+            "boxes": tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]  # torchvision's overloads
+                xyxy, format="XYXY", canvas_size=(self.size, self.size)
+            ),
             "labels": torch.from_numpy(objects.labels.copy()),
             "image_id": self.image_ids[index],
             "area": (xyxy[:, 2] - xyxy[:, 0]) * (xyxy[:, 3] - xyxy[:, 1]),

@@ -1,13 +1,11 @@
 """SSD's augmentation: colours, zoom out and crop, with the pixels touched once."""
 
 from collections.abc import Callable
-from math import ceil, floor
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image as PillowImage
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -71,7 +69,7 @@ class SsdCrop(nn.Module):
     First the boxes alone decide: the picture is put at a random place on a canvas 1 to 4 times as
     large (probability 0.5), then a window of that canvas is chosen. Only the part of the picture
     that the window shows is then resized and put on the mean colour, so the large canvas is never
-    made (14 times faster than doing it in steps at 500 x 375).
+    made.
 
     A window is the whole canvas, or one whose IoU with an object is at least 0.1, 0.3, 0.5, 0.7
     or 0.9, or a free one: one of the seven ways is drawn, and another if 50 windows fail it. Sides
@@ -117,66 +115,85 @@ class SsdCrop(nn.Module):
         """Picture uint8 (3, size, size), and the objects that are left, their boxes not clipped."""
         height, width = image.shape[-2:]
         ratio = _uniform(1.0, 4.0) if _chance(self.zoom) else 1.0
-        tall, wide = height * ratio, width * ratio
-        left, top = _uniform(0.0, wide - width), _uniform(0.0, tall - height)
+        left, top = round(_uniform(0.0, width * (ratio - 1))), round(_uniform(0.0, height * (ratio - 1)))
         boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor).float()
-        boxes = boxes + boxes.new_tensor([left, top, left, top])
-        window = self.window(boxes, tall, wide)
-        keep = _centres_inside(boxes, torch.tensor([window]))[0]
-        x1, y1, x2, y2 = window
-        scale_x, scale_y = self.size / (x2 - x1), self.size / (y2 - y1)
-        boxes = (boxes - boxes.new_tensor([x1, y1, x1, y1])) * boxes.new_tensor([scale_x, scale_y] * 2)
-        pixels = self._render(image.as_subclass(Tensor), (x1 - left, y1 - top), (scale_x, scale_y))
+        # From here in pixels of the picture: the canvas starts left of it and above.
+        canvas = boxes.new_tensor([-left, -top, width * ratio - left, height * ratio - top])
+        window = self.window(boxes, canvas)
+        keep = _centres_inside(boxes, window[None])[0]
+        x1, y1, x2, y2 = window.round().int().tolist()
+        across, down = _Span.of(x1, x2, width, self.size), _Span.of(y1, y2, height, self.size)
+        pixels = self._render(image.as_subclass(Tensor), across, down)
+        boxes = boxes * boxes.new_tensor([across.scale, down.scale] * 2)
+        boxes = boxes + boxes.new_tensor([across.shift, down.shift] * 2)
         return tv_tensors.Image(pixels), keep_rows(target, boxes, keep, (self.size, self.size))
 
-    def window(self, boxes: Float[Tensor, "n 4"], height: float, width: float) -> tuple[float, float, float, float]:
-        """Draw a window (xyxy) of a canvas with these objects on it, in the canvas's pixels."""
+    def window(self, boxes: Float[Tensor, "n 4"], canvas: Float[Tensor, " 4"]) -> Float[Tensor, " 4"]:
+        """Draw a window of a canvas with these objects on it; all are xyxy in the same pixels."""
         for way in torch.randperm(7).tolist():
             if way == 0:
                 break
             least = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)[way - 1]
-            windows = _draw_windows(50, height, width)
+            windows = _draw_windows(50, canvas)
             good = torch.ones(50, dtype=torch.bool)
             if len(boxes):
                 reached = pairwise_iou(windows, boxes) >= least
                 good = reached.any(1) if self.rule == "some" else reached.all(1)
                 good &= _centres_inside(boxes, windows).any(1)
             if good.any():
-                x1, y1, x2, y2 = windows[good][0].tolist()
-                return x1, y1, x2, y2
-        return 0.0, 0.0, width, height
-
-    def _render(self, image: Tensor, start: tuple[float, float], scale: tuple[float, float]) -> Tensor:
-        """The window that starts at ``start`` of the picture, ``scale`` times as large, on the mean colour."""
-        canvas = torch.tensor(PAD_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
-        spans, source = [], []
-        for begin, factor, side in zip(start, scale, (image.shape[2], image.shape[1]), strict=True):
-            # Whole pixels of the result that show the picture, and the part of it they show.
-            first = max(0, ceil(-begin * factor - 1e-6))
-            last = min(self.size, floor((side - begin) * factor + 1e-6))
-            if last <= first:
-                return canvas
-            spans.append((first, last))
-            source.append((max(0.0, first / factor + begin), min(float(side), last / factor + begin)))
-        (left, right), (top, bottom) = spans
-        (x1, x2), (y1, y2) = source
-        # Pillow resizes from a rectangle with fractional corners; torch would need whole ones.
-        picture = PillowImage.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        part = picture.resize((right - left, bottom - top), PillowImage.Resampling.BILINEAR, box=(x1, y1, x2, y2))
-        pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)
-        canvas[:, top:bottom, left:right] = pixels if self.distort is None else self.distort(pixels)
+                return windows[good][0]
         return canvas
 
+    def _render(self, image: Tensor, across: "_Span", down: "_Span") -> Tensor:
+        """What the window shows of the picture, on the mean colour."""
+        result = torch.tensor(PAD_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
+        if across.scale and down.scale:
+            part = image[:, down.first : down.last, across.first : across.last]
+            part = F.resize(part, [down.stop - down.start, across.stop - across.start], antialias=True)
+            part = part if self.distort is None else self.distort(part)
+            result[:, down.start : down.stop, across.start : across.stop] = part
+        return result
 
-def _draw_windows(count: int, height: float, width: float) -> Float[Tensor, "n 4"]:
+
+@dataclass(frozen=True)
+class _Span:
+    """Along one axis: pixels first..last of the picture become start..stop of the result."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, begin: int, end: int, side: int, size: int) -> "_Span":
+        """A window begin..end, in pixels of a picture ``side`` long, is shown ``size`` pixels long."""
+        first, last = max(begin, 0), min(end, side)
+        if last <= first:  # the window shows mean colour only
+            return cls(0, 1, 0, 0)
+        factor = size / (end - begin)
+        start = min(round((first - begin) * factor), size - 1)
+        return cls(first, last, start, max(round((last - begin) * factor), start + 1))
+
+    # Boxes follow what the rounding above did to the pixels, not what was asked for.
+    @property
+    def scale(self) -> float:
+        return (self.stop - self.start) / (self.last - self.first)
+
+    @property
+    def shift(self) -> float:
+        return self.start - self.first * self.scale
+
+
+def _draw_windows(count: int, canvas: Float[Tensor, " 4"]) -> Float[Tensor, "m 4"]:
     """Windows of a canvas: side s in [0.3, 1] of it, ratio a in [max(1/2, s^2), min(2, 1/s^2)]."""
     side, place, x, y = torch.rand(4, count).unbind()
     side = 0.3 + 0.7 * side
     low, high = (side * side).clamp(min=0.5), (1 / (side * side)).clamp(max=2.0)
     root = (low + (high - low) * place).sqrt()
-    wide, tall = (side * root).clamp(max=1) * width, (side / root).clamp(max=1) * height
-    x, y = x * (width - wide), y * (height - tall)
-    return torch.stack([x, y, x + wide, y + tall], 1)
+    wide, tall = (side * root).clamp(max=1), (side / root).clamp(max=1)
+    x, y = x * (1 - wide), y * (1 - tall)
+    whole = canvas[2:] - canvas[:2]
+    return torch.stack([x, y, x + wide, y + tall], 1) * whole.repeat(2) + canvas[:2].repeat(2)
 
 
 def _centres_inside(boxes: Float[Tensor, "n 4"], windows: Float[Tensor, "m 4"]) -> Bool[Tensor, "m n"]:
