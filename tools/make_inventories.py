@@ -154,7 +154,8 @@ def inventory(project: str, rows: list[Row]) -> bytes:
         raise ValueError(f"inventory: rows must name each thing once; got twice {twice} in {project}.")
     head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: stable\n"
     head += "# The remainder of this file is compressed using zlib.\n"
-    body = "".join(f"{name} {role} 1 {address} -\n" for name, role, address in sorted(rows))
+    # Sphinx itself fills in a $ at the end of an address only
+    body = "".join(f"{name} {role} 1 {address.replace('$', name)} -\n" for name, role, address in sorted(rows))
     return head.encode() + zlib.compress(body.encode(), 9)
 
 

@@ -71,6 +71,7 @@ def drop_scripts(app: Sphinx, pagename: str, templatename: str, context: dict[st
         seen.add(body)
         kept.append(script)
     context["script_files"][:] = kept
+    context["css_files"][:] = [css for css in context.get("css_files", []) if "thebe" not in str(css.filename)]
 
 
 def shape_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
