@@ -74,7 +74,7 @@ def sigmoid_focal_loss(
         raise ValueError(f"sigmoid_focal_loss: gamma must be >= 0; got {gamma}.")
     logits = _wide(logits)
     # the logit of the false side: 1 - p_t is its sigmoid and -log p_t its softplus, at any magnitude
-    wrong = torch.where(targets, -logits, logits)
+    wrong = logits * (1 - 2 * targets.to(torch.int8))  # eight bits, because the backward pass keeps the sign
     loss = F.softplus(wrong, threshold=80.0)  # torch's 20 would cut e^-20, visible in float64
     if gamma > 0:
         loss = loss * torch.exp(gamma * F.logsigmoid(wrong)) if gamma < 1 else loss * wrong.sigmoid() ** gamma
