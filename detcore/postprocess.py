@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from detcore.boxes import clip_boxes
 from detcore.scoring import Scores
@@ -134,28 +134,43 @@ def _suppress(
 ) -> Detections:
     batch, _, num_classes = scores.ranking.shape
     ranking = scores.ranking[image, prior, label]
-    boxes = clip_boxes(pred.boxes[image, prior][:, None], sizes[image])[:, 0]
     if nms_iou is None:
         kept = ranking.argsort(descending=True, stable=True)
-    else:  # one call for the whole batch; float64, because float32 boxes shifted apart by group lose pixels
-        kept = batched_nms(boxes.double(), ranking.double(), image * num_classes + label, nms_iou)  # best first
-    slot = _rank_in_group(image[kept])
-    kept, slot = kept[slot < max_detections], slot[slot < max_detections]
-    place = (image[kept], slot)
-
-    def into_slots(values: Tensor, fill: float | int) -> Tensor:
-        out = values.new_full((batch, max_detections, *values.shape[1:]), fill)
-        return out.index_put(place, values)
-
+    else:
+        boxes = clip_boxes(pred.boxes[image, prior][:, None], sizes[image])[:, 0]
+        kept = _nms_in_groups(boxes, ranking, image * num_classes + label, nms_iou)
+    rank = _rank_in_group(image[kept])
+    # static shapes: one slot more than wanted takes all that come too late, and is cut off
+    slots = (image[kept], rank.clamp(max=max_detections))
+    prior = prior.new_zeros(batch, max_detections + 1).index_put(slots, prior[kept])[:, :-1]
+    label = label.new_full((batch, max_detections + 1), BACKGROUND).index_put(slots, label[kept])[:, :-1]
+    valid = label != BACKGROUND
+    row = torch.arange(batch, device=prior.device)[:, None]
+    pair = (row, prior, label.clamp(min=0))  # B D
     return Detections(
-        boxes=into_slots(boxes[kept], 0.0),
-        scores=into_slots(ranking[kept], 0.0),
-        labels=into_slots(label[kept], BACKGROUND),
-        valid=into_slots(torch.ones_like(kept, dtype=torch.bool), False),
-        class_scores=into_slots(scores.classes[image, prior, label][kept], 0.0),
-        quality=None if scores.quality is None else into_slots(scores.quality[image, prior][kept], 0.0),
-        prior=into_slots(prior[kept], 0),
+        boxes=torch.where(valid[..., None], clip_boxes(pred.boxes[row, prior], sizes), 0.0),
+        scores=torch.where(valid, scores.ranking[pair], 0.0),
+        labels=label,
+        valid=valid,
+        class_scores=torch.where(valid, scores.classes[pair], 0.0),
+        quality=None if scores.quality is None else torch.where(valid, scores.quality[row, prior], 0.0),
+        prior=prior,
     )
+
+
+def _nms_in_groups(
+    boxes: Float[Tensor, "P 4"], ranking: Float[Tensor, " P"], group: Int[Tensor, " P"], nms_iou: float
+) -> Int[Tensor, " S"]:
+    """Greedy suppression inside each group. Indices of the survivors of all groups, best first."""
+    ranking = ranking.to(boxes.dtype)
+    if boxes.is_cuda:  # a call costs more than its boxes; float64, because float32 boxes shifted apart lose pixels
+        return batched_nms(boxes.double(), ranking.double(), group, nms_iou)
+    # on a processor a call costs the square of its boxes, and picking each group out of all costs groups x boxes
+    order = group.argsort(stable=True)
+    sizes = group[order].unique_consecutive(return_counts=True)[1].tolist()
+    parts = zip(order.split(sizes), boxes[order].split(sizes), ranking[order].split(sizes), strict=True)
+    survivors = torch.cat([order[:0], *(index[nms(box, score, nms_iou)] for index, box, score in parts)])
+    return survivors[ranking[survivors].argsort(descending=True, stable=True)]
 
 
 def _rank_in_group(group: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
