@@ -1,0 +1,1 @@
+"""Measurements against other packages. Each module is a command: ``python -m benchmarks.torchvision --help``."""

@@ -1,0 +1,80 @@
+"""Seeded stand-ins: pictures, objects, and head outputs as a trained detector gives them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from detcore.boxes import pairwise_iou
+from detcore.coders import DeltaCoder
+from detcore.structures import Priors
+
+
+def pictures(batch: int, size: int, *, seed: int = 0) -> list[Tensor]:
+    """Noise, (3, ``size``, ``size``) in 0..1 each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, size, size, generator=generator) for _ in range(batch)]
+
+
+def objects(batch: int, size: int, count: int, num_classes: int, *, same_boxes: bool = False, seed: int = 0):
+    """One dict of ``boxes`` and ``labels`` a picture; sides log-uniform from 16 pixels to most of the picture.
+
+    Args:
+        batch: pictures.
+        size: side of a picture in pixels.
+        count: objects a picture.
+        num_classes: labels are 0..``num_classes`` - 1.
+        same_boxes: give every picture the same boxes (labels still differ): then every picture has as many
+            positive priors as the next, and normalising by picture or by batch is the same.
+        seed: of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    boxes = [_boxes(count, size, generator) for _ in range(batch)]
+    return [
+        {
+            "boxes": boxes[0 if same_boxes else i],
+            "labels": torch.randint(num_classes, (count,), generator=generator),
+        }
+        for i in range(batch)
+    ]
+
+
+def _boxes(count: int, size: int, generator: torch.Generator) -> Tensor:
+    x, y, scale, shape = torch.rand(4, count, generator=generator)
+    side = 16 * torch.exp(scale * math.log(0.9 * size / 16))
+    stretch = torch.exp((shape - 0.5) * 0.6)
+    corner = (torch.stack([x, y], dim=1) * size).clamp(max=size - 16)
+    return torch.cat([corner, corner + torch.stack([side * stretch, side / stretch], dim=1)], dim=1).clamp(max=size)
+
+
+def trained_outputs(
+    priors: Priors,
+    targets: list[dict[str, Tensor]],
+    num_classes: int,
+    *,
+    threshold: float,
+    per_level: int,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, N, C) and deltas (B, N, 4) with the statistics that post-processing meets after training.
+
+    On every level about ``per_level`` (prior, class) pairs of background score above ``threshold`` (on small levels
+    at most 2 in 100). Priors that overlap an object by more than 0.4 score the higher for its class the more they
+    overlap, and decode to nearly its box.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, count = len(targets), sum(priors.counts)
+    cut = math.log(threshold / (1 - threshold))
+    logits = torch.randn(batch, count, num_classes, generator=generator)
+    for level in logits.split(priors.counts, dim=1):
+        share = min(0.02, per_level / (level.shape[1] * num_classes))
+        level.add_(cut - torch.special.ndtri(torch.tensor(1 - share, dtype=torch.float64)).item())
+    deltas = 0.2 * torch.randn(batch, count, 4, generator=generator)
+    for i, target in enumerate(targets):
+        overlap, index = pairwise_iou(priors.boxes[0], target["boxes"]).max(dim=1)
+        near = (overlap > 0.4).nonzero()[:, 0]
+        own = index[near]
+        noise = torch.randn(len(near), 5, generator=generator)
+        logits[i, near, target["labels"][own]] = 12 * (overlap[near] - 0.4) - 2 + 0.7 * noise[:, 0]
+        deltas[i, near] = DeltaCoder().encode(target["boxes"][own], priors.boxes[0, near]) + 0.05 * noise[:, 1:]
+    return logits, deltas

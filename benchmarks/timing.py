@@ -1,0 +1,150 @@
+"""Two ways of doing one thing, timed side by side so that other users of the machine disturb both alike."""
+
+import ctypes
+import gc
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Args:
+        name: what is compared.
+        check: raises AssertionError unless both sides compute the same; run before any timing.
+        theirs: the other package's way.
+        ours: detcore's way.
+    """
+
+    name: str
+    check: Callable[[], None]
+    theirs: Callable[[], object]
+    ours: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a comparison measured.
+
+    Args:
+        name: of the row.
+        theirs_ms: median processor time of their way in milliseconds.
+        ours_ms: the same of ours.
+        ratio: median over the repeats of their time over our time in the same repeat: how many times faster ours is.
+        ratio_low: lower quartile of those.
+        ratio_high: upper quartile.
+        repeats: timed runs of each side.
+    """
+
+    name: str
+    theirs_ms: float
+    ours_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    repeats: int
+
+
+def measure(row: Row, *, repeats: int) -> Timing:
+    """Time both sides in turns, each first in every other repeat, after one run of each that does not count.
+
+    The clock is the process's processor time: on shared cores wall time measures the neighbours.
+
+    Args:
+        row: what to time.
+        repeats: timed runs of each side, >= 2.
+    """
+    if repeats < 2:
+        raise ValueError(f"measure: repeats must be >= 2; got {repeats}.")
+    sides = [row.theirs, row.ours]
+    for side in sides:
+        side()
+    gc.collect()
+    seconds: list[list[float]] = [[], []]
+    for repeat in range(repeats):
+        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+            start = time.process_time()
+            sides[which]()
+            seconds[which].append(time.process_time() - start)
+    ratios = [theirs / ours for theirs, ours in zip(*seconds, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    theirs_ms, ours_ms = (1000 * statistics.median(s) for s in seconds)
+    return Timing(row.name, theirs_ms, ours_ms, statistics.median(ratios), low, high, repeats)
+
+
+def keep_memory() -> bool:
+    """Let the allocator keep what it once took from the system; false where it cannot be asked (not glibc).
+
+    Left alone, glibc gives large tensors back and takes fresh pages for the next ones. The kernel must clear those,
+    which is up to half of the time of a pass over 50 MB and varies with the load of the machine.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    return mallopt is not None and bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
+
+
+def table(timings: list[Timing], theirs: str) -> str:
+    """Lines to print: milliseconds of both and how many times faster ours is."""
+    wide = max(len(t.name) for t in timings)
+    lines = [f"{'':{wide}}  {theirs + ' ms':>16}  {'detcore ms':>11}  {'x over ' + theirs:>18}  (quartiles)"]
+    lines += [
+        f"{t.name:{wide}}  {t.theirs_ms:16.1f}  {t.ours_ms:11.1f}  {t.ratio:18.2f}  "
+        f"({t.ratio_low:.2f} to {t.ratio_high:.2f})"
+        for t in timings
+    ]
+    return "\n".join(lines)
+
+
+def write(
+    path: pathlib.Path, timings: list[Timing], *, command: str, allocator: str, setting: dict[str, object]
+) -> None:
+    """Keep the measurements with what is needed to repeat them."""
+    record = {
+        "command": command,
+        **_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "torchvision", "numpy")}},
+        "clock": "process CPU time, one thread, sides interleaved; ratio is the median of paired ratios",
+        "allocator": allocator,
+        "setting": setting,
+        "rows": [asdict(t) for t in timings],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _commit() -> dict[str, object]:
+    """The commit, and whether the measured code differs from it; no commit outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("diff", "HEAD", "--name-only", "--", "*.py"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "modified": None}
+
+
+def _processor() -> str:
+    """The processor's name and the instruction sets that decide bfloat16's speed."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    has = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return f"{fields.get('model name', platform.machine())} ({', '.join(has)})"

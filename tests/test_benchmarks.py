@@ -1,0 +1,69 @@
+"""The benchmarks compare equals: their checks pass on small inputs, and fail where the two sides differ."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from benchmarks import timing
+from benchmarks.torchvision import QUICK, assert_same_detections, assert_similar_detections, objects, rows
+
+# Not below 65 pixels: there P7 is made from a map of one cell, and the weight gradient of that convolution in
+# bfloat16 reads memory that nobody wrote (torch 2.15 on processors with AVX512-BF16).
+SMALL = dataclasses.replace(QUICK, size=96, num_classes=5, detect_batches=(2,), per_level=50)
+
+
+@pytest.mark.parametrize("name", list(rows(SMALL)))
+def test_torchvision_and_detcore_agree(name):
+    rows(SMALL)[name]().check()
+
+
+def test_loss_check_notices_another_loss():
+    row = rows(SMALL)["loss"]()
+    *_, ours = [cell.cell_contents for cell in row.ours.__closure__ if hasattr(cell.cell_contents, "losses")]
+    ours.losses["cls"] = (1.001, ours.losses["cls"][1])
+    with pytest.raises(AssertionError):
+        row.check()
+
+
+@pytest.mark.parametrize("compare", [assert_same_detections, assert_similar_detections])
+def test_detection_checks_notice_a_moved_box(compare):
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0]])
+    one = {"boxes": boxes, "scores": torch.tensor([0.9]), "labels": torch.tensor([1])}
+    compare([one], [one])
+    with pytest.raises(AssertionError):
+        compare([one | {"boxes": boxes + 5}], [one])
+    with pytest.raises(AssertionError):
+        compare([one | {"labels": torch.tensor([2])}], [one])
+
+
+def test_objects_are_sound_boxes():
+    for target in objects(3, 64, 7, 5):
+        boxes = target["boxes"]
+        assert ((boxes[:, 2:] - boxes[:, :2]) >= 8).all()
+        assert (boxes >= 0).all()
+        assert (boxes <= 64).all()
+
+
+def test_measure_takes_the_median_of_paired_ratios(monkeypatch):
+    now, cost = [0.0], iter([9.0, 9.0, 2.0, 1.0, 4.0, 8.0, 3.0, 1.0])  # warm-up; then by turns, every other swapped
+    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
+
+    def work():
+        now[0] += next(cost)
+
+    measured = timing.measure(timing.Row("a row", check=work, theirs=work, ours=work), repeats=3)
+    assert measured.ratio == 2.0  # of 2 / 1, 8 / 4 and 3 / 1
+    assert (measured.theirs_ms, measured.ours_ms, measured.repeats) == (3000.0, 1000.0, 3)
+    assert "2.00" in timing.table([measured], "torchvision")
+
+
+def test_write_keeps_what_repeats_the_run(tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    row = timing.Timing("a row", 3.0, 1.0, 3.0, 2.9, 3.1, 5)
+    timing.write(path, [row], command="python -m benchmarks.torchvision", allocator="default", setting={"size": 320})
+    record = json.loads(path.read_text())
+    assert record["rows"] == [dataclasses.asdict(row)]
+    assert {"command", "commit", "date", "device", "versions", "setting", "allocator"} <= set(record)
+    assert record["device"]["threads"] == torch.get_num_threads()
