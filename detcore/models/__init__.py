@@ -66,7 +66,11 @@ def get_model(
     if unknown:
         raise TypeError(f"get_model: {name} has no option {', '.join(unknown)}; it has {sorted(known - {'options'})}.")
     detector = factory(num_classes=num_classes, backbone=backbone, weights_backbone=weights_backbone, **options)
-    # a checkpoint brings its own weights: rebuilding from it must not download ImageNet's again
-    trunk = {"backbone": backbone} if isinstance(backbone, str) else {}
-    detector.spec = {"name": name, "num_classes": num_classes, **trunk, **options}
+    # a checkpoint brings its own weights: rebuilding from it must not download ImageNet's again, but what
+    # follows from having had them (see ResNetTrunk) has to be said
+    trunk: dict[str, Any] = {"backbone": backbone} if isinstance(backbone, str) else {}
+    if weights_backbone is not None:
+        trunk |= {"norm": "fixed", "trainable_stages": 3}
+    chosen = {key: value for key, value in options.items() if value is not None or key not in trunk}
+    detector.spec = {"name": name, "num_classes": num_classes, **trunk, **chosen}
     return detector

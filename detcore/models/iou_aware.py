@@ -8,10 +8,13 @@ term (Eq. 3), one score (Eq. 5).
 from functools import partial
 from typing import Any
 
+import torch
+
 from detcore.detector import DenseDetector
+from detcore.losses import functional
 from detcore.losses.functional import QualityLoss
 from detcore.losses.terms import iou_quality_term
-from detcore.models.retinanet import retinanet
+from detcore.models.retinanet import rehearse, retinanet
 from detcore.postprocess import ThresholdOn
 from detcore.scoring import fused_score, iou_aware_powers
 
@@ -51,9 +54,13 @@ def iou_aware_retinanet(
         >>> sum(p.numel() for p in detector.parameters()) - 37968692
         20745
     """
+    if quality_weight < 0:
+        raise ValueError(f"iou_aware_retinanet: quality_weight must be >= 0; got {quality_weight}.")
+    functional.quality_loss(torch.zeros(0), torch.zeros(0), kind=quality_loss)  # refuses an unknown kind
     detector = retinanet(num_classes=num_classes, box_extras={"iou": 1}, **options)
     detector.losses["iou"] = (quality_weight, partial(iou_quality_term, kind=quality_loss, detach=detach_iou_target))
     class_power, quality_power = iou_aware_powers(fusion_alpha)
     detector.score = partial(fused_score, quality="iou", class_power=class_power, quality_power=quality_power)
     detector.select = partial(detector.select, threshold_on=threshold_on)
+    rehearse(detector)
     return detector

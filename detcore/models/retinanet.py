@@ -19,11 +19,13 @@ from detcore.assigners import ForceMatch, max_iou_assign
 from detcore.boxes import giou
 from detcore.coders import DeltaCoder
 from detcore.detector import DenseDetector
+from detcore.losses.functional import sigmoid_focal_loss
 from detcore.losses.terms import box_delta_term, box_iou_term, focal_term
 from detcore.nn import FPN, DenseHead, ImageInput, build_trunk
 from detcore.postprocess import select_by_pair, select_by_prior
 from detcore.priors import AnchorGenerator, AnchorStyle
-from detcore.scoring import class_score
+from detcore.scoring import Scores, class_score
+from detcore.structures import BACKGROUND, Predictions, Priors, Targets
 
 __all__ = ["from_torchvision", "retinanet"]
 
@@ -127,7 +129,7 @@ def retinanet(
         "l1": partial(box_delta_term, coder=coder, beta=0.0),
         "giou": partial(box_iou_term, measure=giou),
     }[box_loss]
-    return DenseDetector(
+    detector = DenseDetector(
         nn.Sequential(trunk, neck),
         anchors,
         head,
@@ -144,6 +146,23 @@ def retinanet(
         ),
         inputs=ImageInput(short_side=short_side, long_side=long_side),
     )
+    sigmoid_focal_loss(torch.zeros(0), torch.zeros(0, dtype=torch.bool), alpha=alpha, gamma=gamma)
+    rehearse(detector)
+    return detector
+
+
+def rehearse(detector: DenseDetector) -> None:
+    """Match and select on nothing, so that a wrong option is refused now, not at the first batch or validation.
+
+    Example:
+        >>> rehearse(retinanet(num_classes=3, backbone="tiny"))
+    """
+    nothing = torch.zeros(1, 1, 4, device="cpu")  # also where models are built on the meta device
+    priors, nobody = Priors(nothing, (1,)), torch.full((1, 1), BACKGROUND, device="cpu")
+    detector.assign(priors, Targets(nothing, nobody, nobody >= 0))
+    scores = Scores(nothing[..., :1], nothing[..., :1], nothing[..., 0])
+    sizes = torch.ones(1, 2, dtype=torch.int64, device="cpu")
+    detector.select(scores, Predictions(scores.ranking, nothing, nothing, priors), sizes)
 
 
 def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
@@ -195,7 +214,11 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
         short_side=door.min_size[-1],
         long_side=door.max_size,
     )
-    ours.load_state_dict(_renamed(model.state_dict(), set(ours.state_dict())))
+    wanted = ours.state_dict()
+    weights = _renamed(model.state_dict(), set(wanted))
+    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in wanted.items()}:
+        raise ValueError(f"{_VERSION_1} this one has another trunk or pyramid.")
+    ours.load_state_dict(weights)
     for mine, theirs in zip(_norms(ours), _norms(model), strict=True):
         mine.eps = theirs.eps  # torchvision's COCO weights were trained with eps 0
     return ours.to(next(model.parameters()).device).train(model.training)
@@ -214,15 +237,15 @@ def _trunk_name(model: TorchvisionRetinaNet) -> str:
     return "resnet50" if blocks == (3, 4, 6, 3) and hasattr(body["layer1"][0], "conv3") else names[blocks]
 
 
+_VERSION_1 = "from_torchvision: model must be retinanet_resnet50_fpn (version 1);"
+
+
 def _check_torchvision(model: TorchvisionRetinaNet) -> None:
     if not isinstance(model, TorchvisionRetinaNet) or not isinstance(model.head, RetinaNetHead):
         raise ValueError(f"from_torchvision: model must be a torchvision RetinaNet; got {type(model).__name__}.")
     names = set(model.state_dict())
     if "backbone.fpn.extra_blocks.p6.weight" not in names or "head.classification_head.conv.0.1.weight" in names:
-        raise ValueError(
-            "from_torchvision: model must be retinanet_resnet50_fpn (version 1); this one has other towers or "
-            "pyramid, as retinanet_resnet50_fpn_v2."
-        )
+        raise ValueError(f"{_VERSION_1} this one has other towers or pyramid, as retinanet_resnet50_fpn_v2.")
     sides = tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in (32, 64, 128, 256, 512))
     anchors = model.anchor_generator
     if tuple(map(tuple, anchors.sizes)) != sides or any(tuple(r) != (0.5, 1.0, 2.0) for r in anchors.aspect_ratios):
