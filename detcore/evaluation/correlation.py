@@ -80,7 +80,7 @@ def correlate(
     place_a, place_b = (np.unique(values, return_inverse=True)[1] for values in (a, b))
     point = _coefficients(a, b, place_a, place_b, np.ones(len(a), dtype=np.int64))
     names, member = np.unique(image, return_inverse=True)
-    intervals = dict.fromkeys(COEFFICIENTS, (float("nan"), float("nan")))
+    intervals: dict[str, tuple[float, float]] = dict.fromkeys(COEFFICIENTS, (float("nan"), float("nan")))
     if bootstrap and len(names) > 1:
         generator = np.random.default_rng(seed)
         times = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=bootstrap)
@@ -99,14 +99,14 @@ def _coefficients(
     """The three coefficients where box i counts ``weights[i]`` times."""
     present = weights > 0
     if not (np.ptp(place_a[present]) if present.any() else 0) or not np.ptp(place_b[present]):
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     pearson = _pearson(a, b, weights)
     spearman = _pearson(_ranks(place_a, weights), _ranks(place_b, weights), weights)
     repeated = np.repeat(np.arange(len(a)), weights)
     if len(repeated) == 2:  # SciPy's p-value divides by n - 2; tau-b is the same with every box taken twice
         repeated = np.tile(repeated, 2)
-    kendall = stats.kendalltau(place_a[repeated], place_b[repeated], method="asymptotic").statistic
-    return pearson, spearman, float(kendall)
+    kendall = stats.kendalltau(place_a[repeated], place_b[repeated], method="asymptotic")
+    return pearson, spearman, float(np.asarray(kendall)[0])  # SciPy gives (tau-b, p-value)
 
 
 def _pearson(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> float:

@@ -173,7 +173,9 @@ def join(parts: Sequence[_Pooled]) -> _Pooled:
     offsets = np.cumsum([0, *num_images[:-1]])
     columns["image"] = [image + offset for image, offset in zip(columns["image"], offsets, strict=True)]
     del columns["num_images"]
-    joined = {name: None if values is None else np.concatenate(values) for name, values in columns.items()}
+    joined: dict[str, Any] = {
+        name: None if values is None else np.concatenate(values) for name, values in columns.items()
+    }
     return type(parts[0])(**joined, num_images=sum(num_images))
 
 

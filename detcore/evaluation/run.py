@@ -139,7 +139,7 @@ def rescale_boxes(
 
 
 def _batches(
-    model: nn.Module, loader: Iterable, dataset: Any, *, device: torch.device | str | None, progress: bool
+    model: Any, loader: Iterable, dataset: Any, *, device: torch.device | str | None, progress: bool
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[Mapping[str, Any]]]]:
     """Detections and targets, batch by batch."""
     if device is None:

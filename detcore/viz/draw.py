@@ -68,7 +68,9 @@ def draw_boxes(
     colours = [colour or _colour(k) for k in index]
     _add_boxes(ax, corners[order], [colours[i] for i in order], linewidth, "--" if dashed else "-", halo=True)
     for i in order:
-        parts = [] if label_of is None else [classes[index[i]] if classes is not None else str(index[i])]
+        parts: list[str] = (
+            [] if label_of is None else [classes[int(index[i])] if classes is not None else str(index[i])]
+        )
         parts += [] if score_of is None else [f"{score_of[i]:.2f}"]
         if parts:
             _tag(ax, corners[i], " ".join(parts), colours[i])
@@ -256,7 +258,7 @@ def _add_boxes(
     polygons = np.stack([x1, y1, x2, y1, x2, y2, x1, y2], axis=1).reshape(-1, 4, 2)
     effects = [patheffects.withStroke(linewidth=linewidth + 1.4, foreground="#00000080")] if halo else None
     artist = PolyCollection(
-        polygons, facecolors="none", edgecolors=colours, linewidths=linewidth, linestyles=[style], label=label,
+        list(polygons), facecolors="none", edgecolors=colours, linewidths=linewidth, linestyles=[style], label=label,
         path_effects=effects,
     )  # fmt: skip
     ax.add_collection(artist, autolim=False)

@@ -213,9 +213,8 @@ def plot_misalignment(report: _Report, axes: Sequence[Axes] | np.ndarray | None 
         >>> [ax.get_title() for ax in axes]
         ['Final boxes', 'Boxes by score', 'AP by ranking', 'Best box of each object']
     """
-    if axes is None:
-        axes = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained")[1]
-    axes = np.ravel(axes)
+    given = plt.subplots(2, 2, figsize=(9, 7.4), layout="constrained")[1] if axes is None else axes
+    axes = np.asarray(given).ravel()
     if len(axes) != 4:
         raise ValueError(f"plot_misalignment: axes must be four; got {len(axes)}.")
     plot_score_iou(report.scores["after NMS"], report.ious["after NMS"], ax=axes[0], title="Final boxes")
