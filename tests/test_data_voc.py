@@ -185,7 +185,7 @@ def test_voc_picture_without_size_is_named(voc):
 
 
 def test_voc_missing_folder_or_list_says_what_is_there(voc, tmp_path):
-    with pytest.raises(DataError, match=r"root must hold a folder VOC2012 .*detcore data voc2012"):
+    with pytest.raises(DataError, match=r"root must hold a folder VOC2012 .*detcore data download voc2012"):
         VocDetection(voc, "2012")
     with pytest.raises(DataError, match=r"image_set must be one of trainval in .*; got 'test'"):
         VocDetection(voc, image_set="test")

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "training": {*BASE, "detector", "data", "checkpoint"},
     "exercises": {*LADDER, *AROUND},
     "cli": {*LADDER, *AROUND, "exercises"},
+    "__main__": {"cli"},
     "": {*LADDER, *AROUND, "exercises"},  # detcore/__init__.py
 }
 

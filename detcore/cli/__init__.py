@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from detcore.checkpoint import CheckpointError, package_version
 
@@ -51,9 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if ``data check`` found faults, 2 for a mistake of the user, 130 after Ctrl-C.
 
     Example:
-        >>> main(["data", "list"]).bit_length()
-        voc2007 ...
-        0
+        >>> main(["trane"])  # says on stderr which verbs there are
+        2
     """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -76,21 +76,36 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, words: list[str]) -> int:
-    module = importlib.import_module(f"detcore.cli.{_MODULES.get(verb, verb)}")
-    import tyro
+    from detcore.cli.options import told_to_the_terminal  # torch's seconds are not for `detcore --help`
 
-    from detcore.cli.options import split_pairs, told_to_the_terminal
-
-    rest, pairs = split_pairs(words)
     try:
-        command = tyro.cli(module.COMMAND, prog=f"detcore {verb}", args=rest)
+        command = parse(verb, words)
     except SystemExit as done:  # --help, or a flag that does not exist: tyro has said so
         if not done.code:
-            print(module.EXAMPLES)
+            print(_module(verb).EXAMPLES)
         return int(done.code or 0)
-    command = replace(command, options=(*command.options, *pairs), words=shlex.join(["detcore", verb, *words]))
     with told_to_the_terminal():
         return command.run()
+
+
+def parse(verb: str, words: Sequence[str]) -> Any:
+    """The command that a verb and its words mean; ``run()`` runs it.
+
+    Raises:
+        SystemExit: after --help, or with code 2 for words that mean nothing.
+    """
+    import tyro
+
+    from detcore.cli.options import split_pairs
+
+    rest, pairs = split_pairs(words)
+    command: Any = tyro.cli(_module(verb).COMMAND, prog=f"detcore {verb}", args=rest)
+    typed = shlex.join(["detcore", verb, *words])
+    return replace(command, options=(*command.options, *pairs), words=typed)
+
+
+def _module(verb: str) -> Any:
+    return importlib.import_module(f"detcore.cli.{_MODULES.get(verb, verb)}")
 
 
 def _message(error: BaseException) -> str:

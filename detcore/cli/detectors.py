@@ -102,6 +102,15 @@ def open_split(
     return dataset
 
 
+def announce(dataset: DetectionDataset, role: str = "data") -> None:
+    """Say what was opened, and what was left out of it."""
+    left_out = f", {len(dataset.skipped)} faults left out" if dataset.skipped else ""
+    # At once: a log file would show it only when the run is over.
+    print(f"{role}: {dataset.name}, {len(dataset)} pictures, {len(dataset.classes)} classes{left_out}", flush=True)
+    for message in dataset.skipped[:10]:
+        print(f"  {message}", flush=True)
+
+
 def transform_for(pictures: Mapping[str, Any], *, train: bool) -> Transform | None:
     """How pictures are prepared, mirrored at random in training; ``None`` leaves them as they are."""
     if "size" in pictures:

@@ -9,10 +9,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from detcore.cli.detectors import load_detector, open_split, loader_to_test
+from detcore.cli.detectors import announce, load_detector, loader_to_test, open_split
 from detcore.cli.options import Common, Device, Flag, Pairs, is_shown, pick_device, read_pairs, write_json
 from detcore.cli.pictures import save_figure
-from detcore.evaluation import Misalignment, collect, diagnose, load_coco_results
+from detcore.evaluation import collect, diagnose, load_coco_results
 from detcore.provenance import provenance
 from detcore.viz import plot_misalignment
 
@@ -136,6 +136,7 @@ class Diagnose(Common):
             self.data, self.split, classes=trained.classes, skip_bad=self.skip_bad,
             only_with_objects=self.only_with_objects,
         )  # fmt: skip
+        announce(dataset)
         loader = loader_to_test(dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers)
         detector: Any = trained.detector
         found, targets = collect(detector, loader, dataset, device=device, progress=is_shown())
@@ -144,7 +145,7 @@ class Diagnose(Common):
         return found, targets, trained.classes, candidates
 
 
-def _draw(report: Misalignment, path: Path) -> None:
+def _draw(report: Any, path: Path) -> None:
     figure = Figure(figsize=(10, 8.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     plot_misalignment(report, axes=figure.subplots(2, 2).ravel())

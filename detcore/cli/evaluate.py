@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from detcore.cli.detectors import load_detector, open_split, loader_to_test
+from detcore.cli.detectors import announce, load_detector, loader_to_test, open_split
 from detcore.cli.options import Common, Device, Flag, Pairs, is_shown, pick_device, read_pairs, write_json
 from detcore.evaluation import CocoEvaluator, VocEvaluator, collect
 from detcore.provenance import provenance
@@ -63,6 +63,7 @@ class Evaluate(Common):
             self.data, self.split, classes=trained.classes, skip_bad=self.skip_bad,
             only_with_objects=self.only_with_objects,
         )  # fmt: skip
+        announce(dataset)
         loader = loader_to_test(dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers)
         detections, targets = collect(trained.detector, loader, dataset, device=device, progress=is_shown())
         judges: dict[str, Any] = {"": CocoEvaluator(len(trained.classes))}
@@ -74,7 +75,6 @@ class Evaluate(Common):
             judge.update(detections, targets)
             names = judge.compute()
             metrics |= {prefix + name: value for name, value in names.items() if not prefix or name == "AP50"}
-        print(f"{dataset.name}: {len(dataset)} pictures, {len(trained.classes)} classes")
         print(format_numbers(metrics))
         folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
         output = self.output or folder / "eval.json"

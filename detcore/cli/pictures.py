@@ -30,10 +30,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path)
 
 
-def file_names(dataset: Any) -> list[str]:
-    """Name of each picture, for files made from it."""
+def source_name(dataset: Any, index: int) -> str:
+    """Name of the file that a picture comes from; where it comes from none, one made of its id."""
     if hasattr(dataset, "path"):
-        return [dataset.path(i).name for i in range(len(dataset))]
-    if hasattr(dataset, "files"):
-        return [file.name for file in dataset.files]
-    return [f"{dataset.name}-{image_id}.png" for image_id in dataset.image_ids]
+        return Path(dataset.path(index)).name
+    return f"{dataset.image_ids[index]:06d}.png"
+
+
+def drawn_name(dataset: Any, index: int) -> str:
+    """Stem of the files drawn from a picture: its id, and what its own file is called if that says more."""
+    number, stem = dataset.image_ids[index], Path(source_name(dataset, index)).stem
+    return f"{number:06d}" if stem.isdecimal() and int(stem) == number else f"{number:06d}_{stem}"

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detcore.cli.detectors import load_detector, open_split, loader_to_test
+from detcore.cli.detectors import Trained, announce, load_detector, loader_to_test, open_split
 from detcore.cli.options import Common, Device, Flag, is_shown, pick_device, read_pairs, write_json
-from detcore.cli.pictures import file_names, picture_figure, save_figure
-from detcore.data import DataError
+from detcore.cli.pictures import drawn_name, picture_figure, save_figure, source_name
+from detcore.data import DataError, DetectionDataset
 from detcore.data.records import read_picture
 from detcore.evaluation import collect, to_coco_results
 from detcore.viz import draw_boxes
@@ -83,11 +83,12 @@ class Predict(Common):
             raise ValueError("detcore: --truth must come with --data; pictures alone have no boxes.")
         device = pick_device(self.device)
         trained = load_detector(self.checkpoint, read_pairs(self.options), device)
-        dataset: Any = self._open(trained.classes)
+        dataset = self._open(trained)
+        announce(dataset)
         loader = loader_to_test(dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers)
         detections, targets = collect(trained.detector, loader, dataset, device=device, progress=is_shown())
-        category_ids = trained.category_ids if self.data is None else dataset.category_ids
-        names = file_names(dataset)
+        category_ids = dataset.category_ids
+        names = [source_name(dataset, i) for i in range(len(dataset))]
         write_json(self.output / "results.json", to_coco_results(detections, dataset.image_ids, category_ids))
         sizes = [target["original_size"].tolist() for target in targets]
         images = [
@@ -98,7 +99,7 @@ class Predict(Common):
         write_json(self.output / "images.json", {"images": images, "categories": categories, "annotations": []})
         drawn = range(min(self.draw, len(dataset)))
         for i in drawn:
-            path = self.output / "pictures" / f"{dataset.image_ids[i]:06d}_{Path(names[i]).stem}.png"
+            path = self.output / "pictures" / f"{drawn_name(dataset, i)}.png"
             self._draw(path, dataset[i][0], detections[i], targets[i] if self.truth else None, trained.classes)
         above = sum(int((found["scores"] >= self.score_threshold).sum()) for found in detections)
         print(
@@ -108,12 +109,13 @@ class Predict(Common):
         )
         return 0
 
-    def _open(self, classes: tuple[str, ...]) -> Any:
+    def _open(self, trained: Trained) -> DetectionDataset:
         if self.data is None:
-            return PictureFiles(_find(self.files), skip_bad=self.skip_bad)
+            return PictureFiles(_find(self.files), trained.classes, trained.category_ids, skip_bad=self.skip_bad)
         return open_split(
-            self.data, self.split, classes=classes, skip_bad=self.skip_bad, only_with_objects=self.only_with_objects
-        )
+            self.data, self.split, classes=trained.classes, skip_bad=self.skip_bad,
+            only_with_objects=self.only_with_objects,
+        )  # fmt: skip
 
     def _draw(self, path: Path, image: Tensor, found: Any, truth: Any, classes: tuple[str, ...]) -> None:
         figure, ax = picture_figure(image)
@@ -132,14 +134,22 @@ class PictureFiles:
 
     Args:
         files: in the order of their ids, which count from 1.
+        classes: names of the classes that are looked for.
+        category_ids: id of each.
         skip_bad: leave out files that cannot be decoded, in place of raising.
 
     Raises:
-        DataError: if a file is no whole picture; names it.
+        DataError: if a file is no picture; names it.
     """
 
-    def __init__(self, files: list[Path], *, skip_bad: bool) -> None:
-        kept, sizes = [], []
+    name = "files"
+
+    def __init__(
+        self, files: list[Path], classes: tuple[str, ...], category_ids: tuple[int, ...], *, skip_bad: bool
+    ) -> None:
+        self.classes, self.category_ids = classes, category_ids
+        self._sizes: dict[int, tuple[int, int]] = {}
+        skipped = []
         for number, file in enumerate(files, start=1):
             try:
                 with Image.open(file) as picture:  # the head only; the pixels are read when asked for
@@ -148,29 +158,39 @@ class PictureFiles:
                     read_picture(file)
             except (OSError, DataError) as error:
                 if not skip_bad:
-                    raise DataError(f"detcore: {file} must be a picture; got {error}.") from error
-                print(f"left out: {error}")
+                    raise DataError(f"detcore: {file} must be a picture; got {error}. Or pass --skip-bad.") from error
+                skipped.append(f"{file} left out: {error}")
                 continue
-            kept.append((number, file))
-            sizes.append(size)
-        if not kept:
+            self._sizes[number] = size
+        self.image_ids, self.skipped = tuple(self._sizes), tuple(skipped)
+        self._files = [files[number - 1] for number in self.image_ids]
+        if not self._sizes:
             raise DataError(f"detcore: there must be a picture to predict on; got none in {len(files)} files.")
-        self.image_ids = tuple(number for number, _ in kept)
-        self.files, self.sizes = [file for _, file in kept], sizes
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
-        return tv_tensors.Image(read_picture(self.files[index])), self.target(index)
+        return tv_tensors.Image(read_picture(self._files[index])), self.target(index)
+
+    def path(self, index: int) -> Path:
+        """Where picture ``index`` lies."""
+        return self._files[index]
 
     def target(self, index: int) -> dict[str, Any]:
         """No objects."""
+        image_id = self.image_ids[index]
+        size = self._sizes[image_id]
         return {
-            "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=self.sizes[index]),
+            "boxes": tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]  # torchvision's overloads
+                torch.zeros(0, 4), format="XYXY", canvas_size=size
+            ),
             "labels": torch.zeros(0, dtype=torch.int64),
-            "image_id": self.image_ids[index],
-            "original_size": torch.tensor(self.sizes[index]),
+            "image_id": image_id,
+            "area": torch.zeros(0),
+            "iscrowd": torch.zeros(0, dtype=torch.int64),
+            "ignore": torch.zeros(0, dtype=torch.bool),
+            "original_size": torch.tensor(size),
         }
 
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from detcore.cli.detectors import load_detector, open_split, transform_for
+from detcore.cli.detectors import announce, load_detector, open_split, transform_for
 from detcore.cli.options import Common, Flag, Pairs, read_pairs, write_json
-from detcore.cli.pictures import file_names, picture_figure, save_figure
+from detcore.cli.pictures import drawn_name, picture_figure, save_figure
 from detcore.data import DetectionDataset
 from detcore.data.loader import TransformedDataset, collate
 from detcore.models import get_model
@@ -83,6 +83,7 @@ class Show(Common):
             raise ValueError(
                 f"detcore: --first must be in [0, {len(dataset)}) and --count >= 1; got {self.first} and {self.count}."
             )
+        announce(dataset)
         chosen = range(self.first, min(self.first + self.count, len(dataset)))
         self._draw_boxes(dataset, chosen)
         if trained is not None:
@@ -96,14 +97,13 @@ class Show(Common):
         return 0
 
     def _draw_boxes(self, dataset: DetectionDataset, chosen: range) -> None:
-        names = file_names(dataset)
         for i in chosen:
             image, target = dataset[i]
             figure, ax = picture_figure(image)
             ignored = target["ignore"]
             draw_boxes(image, target["boxes"][~ignored], target["labels"][~ignored], classes=dataset.classes, ax=ax)
             draw_boxes(None, target["boxes"][ignored], ax=ax, colour="#808790", dashed=True)
-            save_figure(figure, self.output / f"boxes_{dataset.image_ids[i]:06d}_{Path(names[i]).stem}.png")
+            save_figure(figure, self.output / f"boxes_{drawn_name(dataset, i)}.png")
 
     def _draw_matches(self, dataset: DetectionDataset, chosen: range, model: Any, pictures: dict[str, Any]) -> None:
         view = TransformedDataset(dataset, transform_for(pictures, train=False))
@@ -114,15 +114,14 @@ class Show(Common):
             with torch.no_grad():
                 priors = model.eval().predict(batch.images).priors
             match = model.match(priors, batch.targets)
-            image_id = dataset.image_ids[i]
             figure, ax = picture_figure(image, title=True)
             draw_assignment(image, priors, match, classes=dataset.classes, ax=ax)
-            save_figure(figure, self.output / f"assignment_{image_id:06d}.png")
+            save_figure(figure, self.output / f"assignment_{drawn_name(dataset, i)}.png")
             figure, ax = picture_figure(image)
             draw_priors(priors, image, chosen=_in_the_middle(priors, image.shape[-2:]), ax=ax)
-            save_figure(figure, self.output / f"priors_{image_id:06d}.png")
+            save_figure(figure, self.output / f"priors_{drawn_name(dataset, i)}.png")
             masks = {"positive": match.positive, "ignored": match.ignored, "negative": match.negative}
-            counts[image_id] = {name: int(mask.sum()) for name, mask in masks.items()}
+            counts[dataset.image_ids[i]] = {name: int(mask.sum()) for name, mask in masks.items()}
         write_json(self.output / "show.json", counts)
 
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 
 from detcore.checkpoint import load_checkpoint
-from detcore.cli.detectors import cached_loader, has_one_size, open_split, loader_to_test, transform_for
+from detcore.cli.detectors import announce, cached_loader, has_one_size, loader_to_test, open_split, transform_for
 from detcore.cli.evaluate import format_numbers
 from detcore.cli.options import Common, Flag, Pairs, is_shown, read_pairs, write_json
 from detcore.data import DetectionDataset
@@ -111,13 +111,15 @@ class Train(Common):
         self._check()
         # Validation may keep the other processes waiting for long.
         state = PartialState(cpu=config.device == "cpu", timeout=timedelta(hours=6))
+        device = state.device or torch.device("cpu")
         pictures = self._pictures()
         sets = {split: self._open(split) for split in ("train", "test")}
         detector = self._build(sets["train"], pictures)
         self._check_resumed(detector, sets["train"])
         if state.is_main_process:
-            _announce(sets)
-        judge = _Judge(sets["test"], pictures, self, state.device)
+            for split, dataset in sets.items():
+                announce(dataset, split)
+        judge = _Judge(sets["test"], pictures, self, device)
         history = train(detector, self._loader(sets["train"], pictures, state), config, validate=judge)
         if state.is_main_process:
             metrics = judge.at_the_end(history.model, config.epochs - 1)
@@ -133,7 +135,7 @@ class Train(Common):
                 "precision": history.precision,
                 "config": asdict(config),
                 "seconds": round(time.perf_counter() - started, 1),
-                "provenance": {**provenance(state.device), "command": self.words},
+                "provenance": {**provenance(device), "command": self.words},
             }
             write_json(self.folder / "result.json", result)
             print(f"wrote {self.folder / 'result.json'} and {self.folder / 'last.pt'}")
@@ -179,7 +181,7 @@ class Train(Common):
         # The detector's own door prepares pictures in the same way, where it can.
         door = {} if has_one_size(pictures) else pictures
         options = {**door, **read_pairs(self.options)}
-        detector = get_model(
+        detector: Any = get_model(
             self.model,
             num_classes=len(dataset.classes),
             backbone=self.backbone,
@@ -251,14 +253,6 @@ class _Judge:
         """The numbers after the last epoch; anew where a resumed run had nothing left to train."""
         assert model is not None  # train gives one
         return self.latest[1] if self.latest and self.latest[0] == epoch else self(model, epoch)
-
-
-def _announce(sets: dict[str, DetectionDataset]) -> None:
-    for split, dataset in sets.items():
-        left_out = f", {len(dataset.skipped)} faults left out" if dataset.skipped else ""
-        print(f"{split}: {dataset.name}, {len(dataset)} pictures, {len(dataset.classes)} classes{left_out}")
-        for message in dataset.skipped[:10]:
-            print(f"  {message}")
 
 
 def _describe(dataset: DetectionDataset) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def _load(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise DataError(
-            f"CocoDetection: annotation_json must be a file; {file} does not exist. To fetch it: detcore data coco2017"
+            f"CocoDetection: annotation_json must be a file; {file} does not exist. "
+            "To fetch it: detcore data download coco2017"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(

@@ -118,8 +118,8 @@ def _usual_voc(root: Path, split: str) -> list[tuple[str, str]]:
     if not pairs:
         lists = " or ".join(f"VOC{year}/ImageSets/Main/{image_set}.txt" for year, image_set in wanted)
         raise DataError(
-            f"open_dataset: {root} must hold {lists} to {split}; none found. Fetch them: detcore data voc. Or choose "
-            f"lists: voc:DIR,{split}=YEAR/LIST."
+            f"open_dataset: {root} must hold {lists} to {split}; none found. Fetch them: detcore data download voc. "
+            f"Or choose lists: voc:DIR,{split}=YEAR/LIST."
         )
     return pairs
 

@@ -162,7 +162,7 @@ def _year_folder(root: Path, year: str) -> Path:
             return folder
     raise DataError(
         f"VocDetection: root must hold a folder VOC{year} with ImageSets/Main, Annotations and JPEGImages; got {root} "
-        f"(looked for {', '.join(str(t) for t in tried)}). Fetch it with: detcore data voc{year}"
+        f"(looked for {', '.join(str(t) for t in tried)}). Fetch it with: detcore data download voc{year}"
     )
 
 
