@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -58,7 +59,7 @@ class Timing:
     repeats: int
 
 
-def measure(row: Row, *, repeats: int) -> Timing:
+def measure(row: Row, *, repeats: int, budget: float = math.inf) -> Timing:
     """Time both sides in turns, each first in every other repeat, after one run of each that does not count.
 
     The clock is the process's processor time: on shared cores wall time measures the neighbours.
@@ -66,6 +67,7 @@ def measure(row: Row, *, repeats: int) -> Timing:
     Args:
         row: what to time.
         repeats: timed runs of each side, >= 2.
+        budget: processor seconds after which no further repeat starts, once there were five.
     """
     if repeats < 2:
         raise ValueError(f"measure: repeats must be >= 2; got {repeats}.")
@@ -79,10 +81,12 @@ def measure(row: Row, *, repeats: int) -> Timing:
             start = time.process_time()
             sides[which]()
             seconds[which].append(time.process_time() - start)
+        if repeat >= 4 and sum(map(sum, seconds)) > budget:
+            break
     ratios = [theirs / ours for theirs, ours in zip(*seconds, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     theirs_ms, ours_ms = (1000 * statistics.median(s) for s in seconds)
-    return Timing(row.name, theirs_ms, ours_ms, statistics.median(ratios), low, high, repeats)
+    return Timing(row.name, theirs_ms, ours_ms, statistics.median(ratios), low, high, len(ratios))
 
 
 def keep_memory() -> bool:

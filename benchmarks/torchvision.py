@@ -43,6 +43,7 @@ class Setting:
         detect_batches: pictures in post-processing and inference.
         per_level: background pairs above the score threshold on each level.
         repeats: timed runs of each side.
+        budget: processor seconds a row, once it has five repeats.
     """
 
     size: int = 320
@@ -52,6 +53,7 @@ class Setting:
     detect_batches: tuple[int, ...] = (1, 8)
     per_level: int = 1000
     repeats: int = 15
+    budget: float = 60.0
 
 
 QUICK = Setting(size=128, num_classes=21, batch=2, detect_batches=(1, 2), per_level=200, repeats=3)
@@ -306,7 +308,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torchvision", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small pictures and 3 repeats: does it run? not a result")
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT; nothing is written")
-    parser.add_argument("--repeats", type=int, help="timed runs of each side")
+    parser.add_argument("--repeats", type=int, help="timed runs of each side, at most")
     parser.add_argument(
         "--malloc", choices=["keep", "system"], default="keep", help="keep freed memory, or as it comes"
     )
@@ -322,7 +324,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
         if options.only in name:
             row = build()
             row.check()
-            timings.append(measure(row, repeats=setting.repeats))
+            timings.append(measure(row, repeats=setting.repeats, budget=setting.budget))
             print(f"{name}: {timings[-1].ratio:.2f}", file=sys.stderr, flush=True)
     print(table(timings, "torchvision"))
     if not options.quick and not options.only:

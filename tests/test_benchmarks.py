@@ -59,6 +59,11 @@ def test_measure_takes_the_median_of_paired_ratios(monkeypatch):
     assert "2.00" in timing.table([measured], "torchvision")
 
 
+def test_measure_stops_when_its_budget_is_spent():
+    row = timing.Row("a row", check=int, theirs=lambda: sum(range(1000)), ours=lambda: sum(range(1000)))
+    assert timing.measure(row, repeats=20, budget=0.0).repeats == 5
+
+
 def test_write_keeps_what_repeats_the_run(tmp_path):
     path = tmp_path / "deep" / "result.json"
     row = timing.Timing("a row", 3.0, 1.0, 3.0, 2.9, 3.1, 5)
