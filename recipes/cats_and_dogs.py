@@ -75,9 +75,9 @@ def _run(recipe: Recipe, model: str, seed: int, data: str) -> dict[str, Any]:
     words = f"""train --model {model} --backbone tiny --data coco-json:{data}/voc20 --classes cat dog
         --only-with-objects --size {recipe.size} --epochs {recipe.epochs} --batch-size 16 --optimizer adamw --lr 0.002
         --weight-decay 0.05 --no-decay-norm-and-bias --schedule cosine --warmup-steps 200 --clip-norm 10
-        --ema-decay 0.998 --precision bf16 --eval-every 0 --seed {seed} --threads {recipe.threads} --workers 0""".split()
+        --ema-decay 0.998 --precision bf16 --eval-every 0 --workers 0 --seed {seed} --threads {recipe.threads}"""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "detcore", *words, "--output", f"{folder}/run", "anchor_base=2"]
+        command = [sys.executable, "-m", "detcore", *words.split(), "--output", f"{folder}/run", "anchor_base=2"]
         subprocess.run(command, check=True)
         text = (Path(folder) / "run" / "result.json").read_text()
     found = json.loads(text.replace(data, "$DETCORE_DATA").replace(f"{folder}/run", f"runs/{model}-{seed}"))
