@@ -87,12 +87,12 @@ def shape_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
 
 
 def skip_visitors(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
-    """Document a thing in the module that defines it and nowhere else, however many import it."""
+    """Document a thing in the public module that defines it and nowhere else, however many import it."""
     here = app.env.temp_data.get("autodoc:module")
     there = getattr(obj, "__module__", None)
-    return (
-        True if what == "module" and isinstance(there, str) and there.startswith("detcore.") and there != here else None
-    )
+    if what != "module" or not isinstance(there, str) or not there.startswith("detcore.") or "._" in there:
+        return None
+    return True if there != here else None
 
 
 def follow_import(
@@ -100,17 +100,20 @@ def follow_import(
 ) -> nodes.Node | None:
     """Find what a page or docstring names as it is imported, or by its bare name if only one thing has it.
 
-    ``detcore.losses.focal_term`` is documented as ``detcore.losses.terms.focal_term``; both links work.
+    ``detcore.losses.focal_term`` is documented as ``detcore.losses.terms.focal_term``; both links work. What a
+    private module defines is documented where it is exported, so that is looked for by its bare name too.
     """
     if node.get("refdomain") != "py":
         return None
     target = node.get("reftarget", "")
-    real = home(target) if target.startswith("detcore.") else None
     domain = env.get_domain("py")
-    if real is None and "." not in target:
+    if "." not in target or (target.startswith("detcore.") and "._" in target):
         things = [name for name, entry in domain.objects.items() if entry.objtype != "module"]
-        named = [name for name in things if name.startswith("detcore.") and name.rpartition(".")[2] == target]
+        bare = target.rpartition(".")[2]
+        named = [name for name in things if name.startswith("detcore.") and name.rpartition(".")[2] == bare]
         real = named[0] if len(named) == 1 else None
+    else:
+        real = home(target) if target.startswith("detcore.") else None
     if real is None or real == target:
         return None
     return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], real, node, content)

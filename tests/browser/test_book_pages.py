@@ -5,6 +5,7 @@ Needs a book (``make book``; another folder through DETCORE_BOOK) and a Chromium
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -215,14 +216,13 @@ def visit(chromium, address):
         context.close()
 
 
-def settled(figure, index):
-    """Wait until a figure shows the frame of that index, and give its picture."""
-    figure.page.wait_for_function(
-        "([figure, index]) => figure.dataset.frame === String(index)",
-        arg=[figure.element_handle(), index],
-        timeout=PATIENCE_MS,
-    )
-    return figure.locator(".dcx-stage").inner_html()
+def frame_wanted(figure) -> int:
+    """The index that the controls' positions spell, the last control fastest."""
+    index = 0
+    for i in range(figure.locator("[data-texts]").count()):
+        control = figure.locator("[data-texts]").nth(i)
+        index = index * len(json.loads(control.get_attribute("data-texts"))) + int(control.input_value())
+    return index
 
 
 def figures(page):
@@ -259,6 +259,7 @@ def test_figures_move_by_keyboard(visit, name):
                 timeout=PATIENCE_MS,
             )
             assert figure.locator(".dcx-stage").inner_html() != before
+            assert int(figure.get_attribute("data-frame")) == frame_wanted(figure)
             assert knob.get_attribute("aria-valuetext") != shown
             assert knob.locator("xpath=following-sibling::output").inner_text() == knob.get_attribute("aria-valuetext")
     assert page.errors == []
