@@ -69,7 +69,7 @@ class ImageInput(nn.Module):
         scale = 255 if images.dtype == torch.uint8 else 1
         return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 
-    def batch(self, images: Sequence[Tensor]) -> ImageBatch:
+    def batch(self, images: Sequence[Tensor] | Tensor) -> ImageBatch:
         """One batch of pictures (3, h, w), uint8 or float, each of its own size.
 
         Raises:
