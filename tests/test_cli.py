@@ -7,6 +7,7 @@ import logging
 import re
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -196,7 +197,10 @@ def test_evaluation_every_other_epoch(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_and_write_once(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     words = [*launch, "-m", "detcore", *TRAIN, "--epochs", "1", "--batch-size", "2", "--output", tmp_path / "run"]
     done = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
