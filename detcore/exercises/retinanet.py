@@ -93,7 +93,7 @@ def _stable(logits, positive, _):
 
 _FOCAL = Exercise(
     name="focal_loss",
-    task="focal_loss(logits, positive, alpha, gamma): the loss of each element; logits and positive (bool) of one shape.",
+    task="focal_loss(logits, positive, alpha, gamma): the loss of each element; positive is a mask of the same shape.",
     checker=_check_focal,
     solution=_focal,
     wrong=MappingProxyType(
@@ -103,9 +103,7 @@ _FOCAL = Exercise(
             ),
             "alpha on both sides": _focal_of(lambda positive, alpha: alpha, lambda p, t: 1 - t, _stable),
             "hard examples fade": _focal_of(_balanced, lambda p, t: t, _stable),
-            "1 - p for both sides, as Eq. 4 of RetinaNet-Conf is printed": _focal_of(
-                _balanced, lambda p, t: 1 - p, _stable
-            ),
+            "1 - p for both sides": _focal_of(_balanced, lambda p, t: 1 - p, _stable),
             "logarithm of the probability": _focal_of(_balanced, lambda p, t: 1 - t, lambda o, y, t: -t.log()),
             "averaged": lambda *args: _focal(*args).mean(),
         }
@@ -161,7 +159,8 @@ def _check_best(answer) -> None:
 
 def _best(boxes: Tensor, labels: Tensor, object_boxes: Tensor, object_labels: Tensor) -> Tensor:
     ious = _class_aware(boxes, labels, object_boxes, object_labels)  # D M
-    return torch.cat([ious, torch.zeros(1, len(object_boxes))]).amax(dim=0)  # the zero row: a picture without boxes
+    # the zero row: a picture without boxes
+    return torch.cat([ious, torch.zeros(1, len(object_boxes))]).amax(dim=0)
 
 
 def _best_of_own_boxes(boxes, labels, object_boxes, object_labels):
@@ -173,7 +172,7 @@ def _best_of_own_boxes(boxes, labels, object_boxes, object_labels):
 
 _BEST = Exercise(
     name="best_iou_per_object",
-    task="best_iou_per_object(boxes, labels, object_boxes, object_labels): (M,) largest IoU of each object with a box of its class.",
+    task="best_iou_per_object(boxes, labels, object_boxes, object_labels): (M,) best IoU with a box of its class.",
     checker=_check_best,
     solution=_best,
     wrong=MappingProxyType(
@@ -210,7 +209,8 @@ def _check_oracle(answer) -> None:
 
 def _oracle(boxes: Tensor, labels: Tensor, object_boxes: Tensor, object_labels: Tensor) -> Tensor:
     ious = _class_aware(boxes, labels, object_boxes, object_labels)  # D M
-    return torch.cat([ious, torch.zeros(len(boxes), 1)], dim=1).amax(dim=1)  # the zero column: a picture without objects
+    # the zero column: a picture without objects
+    return torch.cat([ious, torch.zeros(len(boxes), 1)], dim=1).amax(dim=1)
 
 
 def _hits_only(*args):
@@ -220,7 +220,7 @@ def _hits_only(*args):
 
 _ORACLE = Exercise(
     name="oracle_scores",
-    task="oracle_scores(boxes, labels, object_boxes, object_labels): (D,) true IoU of each box, as a perfect score would be.",
+    task="oracle_scores(boxes, labels, object_boxes, object_labels): (D,) best IoU with an object of the box's class.",
     checker=_check_oracle,
     solution=_oracle,
     wrong=MappingProxyType(
