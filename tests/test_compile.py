@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from detcore.detector import DenseDetector
@@ -53,7 +54,7 @@ def gradients(detector):
 @EVERY_MODEL
 def test_loss_is_one_graph_with_the_eager_values_and_gradients(name):
     detector = little(name)
-    counter = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
+    counter = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(detector.loss, fullgraph=True, backend=counter)
     for objects in ((2, 5), (0, 3), (0, 0)):
         images, targets = batch_of(*objects)
