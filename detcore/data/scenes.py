@@ -6,8 +6,8 @@ shadows, uneven light, objects hardly brighter than what lies behind them, pictu
 in them, and distractors: each is a class with a piece missing and has no box.
 
 Every bit is reproducible. Random numbers are taken from PCG64's raw 64-bit words, the part of
-NumPy's generators that is promised never to change, and pictures are computed with +, -, *, /,
-square root and comparisons only, which IEEE 754 rounds in one way. No library sine, power, sum
+NumPy's generators that is promised never to change, and pictures are computed with sums,
+differences, products, quotients, square roots and comparisons only, which IEEE 754 rounds in one way. No library sine, power, sum
 of floats or matrix product is used, since those differ between processors.
 """
 

@@ -34,7 +34,7 @@ def drop_empty(image: Tensor, target: Mapping[str, Any], *, min_side: float = 1.
 
     Args:
         image: (3, H, W).
-        target: with ``boxes``, xyxy in pixels, and any of :data:`PER_OBJECT`.
+        target: with ``boxes``, xyxy in pixels, and any of ``PER_OBJECT``.
         min_side: pixels.
 
     Returns:
