@@ -5,6 +5,7 @@ message and exit code 2; ``--debug`` shows where it came from.
 """
 
 import importlib
+import os
 import re
 import shlex
 import sys
@@ -69,6 +70,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("detcore: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `detcore ... | head` has seen enough; what was to be written is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains on its way out
+        return 1
     except (ValueError, LookupError, TypeError, OSError, CheckpointError, ArithmeticError) as error:
         if "--debug" in words:
             traceback.print_exc()

@@ -113,10 +113,10 @@ class Diagnose(Common):
             score_floor=self.score_floor,
             bootstrap=self.bootstrap,
         )
-        print(report.summary())
         content = {**report.as_dict(), "classes": classes, "provenance": {**provenance(), "command": self.words}}
         write_json(self.output / "diagnosis.json", content)
         _draw(report, self.output / "diagnosis.png")
+        print(report.summary())
         print(f"\nwrote {self.output / 'diagnosis.json'} and {self.output / 'diagnosis.png'}")
         return 0
 

@@ -75,7 +75,6 @@ class Evaluate(Common):
             judge.update(detections, targets)
             names = judge.compute()
             metrics |= {prefix + name: value for name, value in names.items() if not prefix or name == "AP50"}
-        print(format_numbers(metrics))
         folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
         output = self.output or folder / "eval.json"
         content = {
@@ -90,7 +89,7 @@ class Evaluate(Common):
             "provenance": {**provenance(device), "command": self.words},
         }  # fmt: skip
         write_json(output, content)
-        print(f"wrote {output}")
+        print(f"{format_numbers(metrics)}\nwrote {output}")
         return 0
 
 

@@ -123,7 +123,6 @@ class Train(Common):
         history = train(detector, self._loader(sets["train"], pictures, state), config, validate=judge)
         if state.is_main_process:
             metrics = judge.at_the_end(history.model, config.epochs - 1)
-            print(format_numbers(metrics))
             result = {
                 "metrics": metrics,
                 "model": detector.spec,
@@ -138,6 +137,7 @@ class Train(Common):
                 "provenance": {**provenance(device), "command": self.words},
             }
             write_json(self.folder / "result.json", result)
+            print(format_numbers(metrics))
             print(f"wrote {self.folder / 'result.json'} and {self.folder / 'last.pt'}")
         state.wait_for_everyone()
         return 0
