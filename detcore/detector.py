@@ -125,7 +125,7 @@ class DenseDetector(nn.Module):
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """torchvision's convention: losses in training mode, detections in evaluation mode.
+        """Torchvision's convention: losses in training mode, detections in evaluation mode.
 
         Args:
             images: pictures (3, h, w), uint8 or float in 0..1, each of its own size.

@@ -18,7 +18,7 @@ from detcore.data.fetch import DownloadError, fetch
 from detcore.data.unpack import unpack
 
 # the package's attribute of this name is the function
-download_module = importlib.import_module("detcore.data.download")
+download_module = importlib.import_module("detcore.data.archives")
 
 CONTENT = bytes(range(256)) * 1000  # 256,000 bytes
 SHA256 = "sha256:" + hashlib.sha256(CONTENT).hexdigest()

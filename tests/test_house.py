@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "evaluation": BASE,
     "viz": BASE,
     "explore": set(),
-    "provenance": set(),
+    "provenance": {"checkpoint"},
     "checkpoint": BASE,
     "training": {*BASE, "detector", "data", "checkpoint"},
     "exercises": {*LADDER, *AROUND},
@@ -56,7 +56,9 @@ MAY_IMPORT = {
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 # path, or path::function -> why it may be longer. An entry that is no longer needed fails.
-LONG: dict[str, str] = {}
+LONG: dict[str, str] = {
+    "detcore/models/retinanet.py::retinanet": "names every option and every part on a line of its own",
+}
 
 # Public functions that still lack a doctest. The list may only shrink.
 NO_DOCTEST: set[str] = set()

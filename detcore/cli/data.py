@@ -8,7 +8,7 @@ import tyro
 
 from detcore.cli.options import Common, is_shown
 from detcore.data import DataError, download, open_dataset
-from detcore.data.download import ARCHIVES, COLLECTIONS
+from detcore.data.archives import ARCHIVES, COLLECTIONS
 
 __all__: list[str] = []
 

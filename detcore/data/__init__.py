@@ -1,8 +1,8 @@
 """Pictures with boxes: PASCAL VOC, MS COCO, files in its format, and synthetic scenes."""
 
+from detcore.data.archives import download
 from detcore.data.coco import CocoDetection
 from detcore.data.dataset import DataError, DetectionDataset
-from detcore.data.download import download
 from detcore.data.fetch import DownloadError
 from detcore.data.loader import (
     Batch,

@@ -155,7 +155,12 @@ def read_picture(
 
 
 def list_files(folder: str | Path) -> frozenset[str]:
-    """Names in a folder, read in one sweep: asking for 118,000 files one by one is slow on network disks."""
+    """Names in a folder, read in one sweep: asking for 118,000 files one by one is slow on network disks.
+
+    Example:
+        >>> list_files("no such folder")
+        frozenset()
+    """
     if not os.path.isdir(folder):
         return frozenset()
     with os.scandir(folder) as entries:
@@ -171,6 +176,11 @@ def check_boxes(boxes: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.nd
 
     Returns:
         Two (A,) masks: not finite or not x1 < x2 and y1 < y2; more than 1 px outside.
+
+    Example:
+        >>> boxes = np.array([[5, 5, 5, 9], [0, 0, 30, 9]], np.float32)  # no width; 10 px too wide
+        >>> [mask.tolist() for mask in check_boxes(boxes, np.array([[20, 20], [20, 20]]))]
+        [[True, False], [False, True]]
     """
     with np.errstate(invalid="ignore"):  # NaN compares as false, which is what is wanted
         sound = np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)

@@ -7,8 +7,9 @@ in them, and distractors: each is a class with a piece missing and has no box.
 
 Every bit is reproducible. Random numbers are taken from PCG64's raw 64-bit words, the part of
 NumPy's generators that is promised never to change, and pictures are computed with sums,
-differences, products, quotients, square roots and comparisons only, which IEEE 754 rounds in one way. No library sine, power, sum
-of floats or matrix product is used, since those differ between processors.
+differences, products, quotients, square roots and comparisons only, which IEEE 754 rounds in one
+way. No library sine, power, sum of floats or matrix product is used, since those differ between
+processors.
 """
 
 from typing import Any

@@ -28,6 +28,10 @@ def check(name: str, answer: Callable[..., Any], *, strict: bool = False) -> Ver
     Raises:
         KeyError: if there is no such exercise.
         Wrong: if ``strict`` and a property does not hold.
+
+    Example:
+        >>> check("iou", lambda a, b: 0.0).passed
+        False
     """
     exercise = _find(name)
     try:
@@ -48,6 +52,10 @@ def solution(name: str) -> Callable[..., Any]:
 
     Raises:
         KeyError: if there is no such exercise.
+
+    Example:
+        >>> check("iou", solution("iou"))
+        iou: right. Every property holds.
     """
     return _find(name).solution
 

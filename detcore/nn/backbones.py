@@ -1,6 +1,7 @@
 """Trunks: images to three maps C3, C4, C5 of strides 8, 16, 32."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torchvision
@@ -94,7 +95,7 @@ class TinyTrunk(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         )
-        self.stages = nn.ModuleList(_halving_block(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.stages = nn.ModuleList(_halving_block(a, b) for a, b in pairwise(widths))
         self.channels = tuple(widths[2:])
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:

@@ -27,7 +27,12 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
 
 
 def init_conv(conv: nn.Conv2d, *, std: float = 0.01, bias: float = 0.0) -> nn.Conv2d:
-    """Weights from N(0, std^2) and a constant bias, as every layer of RetinaNet's heads."""
+    """Weights from N(0, std^2) and a constant bias, as every layer of RetinaNet's heads.
+
+    Example:
+        >>> init_conv(nn.Conv2d(1, 2, 3), bias=-1.0).bias.tolist()
+        [-1.0, -1.0]
+    """
     nn.init.normal_(conv.weight, std=std)
     if conv.bias is not None:
         nn.init.constant_(conv.bias, bias)
