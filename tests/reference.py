@@ -127,14 +127,13 @@ def inclusive_anchors(strides, maps, *, scales, ratios, base=4.0):
 # --- assignment, one image
 
 
-def max_iou_assign(priors, boxes, labels, *, positive_iou=0.5, negative_iou=0.4, force_match="object", usable=None):
-    """MMDetection 2.4's MaxIoUAssigner step by step, plus the guard.
+def max_iou_assign(priors, boxes, labels, *, positive_iou=0.5, negative_iou=0.4, force_match="object", guard=True):
+    """MMDetection 2.4's MaxIoUAssigner step by step, plus the guard (without it: its ``min_pos_iou=0``).
 
     Returns:
         Labels and object index (-1 where there is none) of every prior, as lists.
     """
     overlap = [[iou(prior, box) for box in boxes] for prior in priors]
-    usable = usable if usable is not None else [True] * len(priors)
     owner = [BACKGROUND] * len(priors)
     own_best = [max(range(len(boxes)), key=lambda j, row=row: row[j]) if boxes else -1 for row in overlap]
     # 1. the object a prior overlaps most
@@ -145,14 +144,12 @@ def max_iou_assign(priors, boxes, labels, *, positive_iou=0.5, negative_iou=0.4,
             owner[i] = IGNORE
     # 2. the priors an object overlaps most, object by object: later ones overwrite earlier ones
     for j in range(len(boxes)):
-        reachable = [overlap[i][j] for i in range(len(priors)) if usable[i]]
-        peak = max(reachable, default=0.0)
-        if peak <= 0 or force_match == "off":
+        peak = max((row[j] for row in overlap), default=0.0)
+        if force_match == "off" or (guard and peak <= 0):
             continue  # the guard: nobody overlaps this object
-        for i in range(len(priors)):
-            if usable[i] and overlap[i][j] == peak:
+        for i, row in enumerate(overlap):
+            if row[j] == peak:
                 owner[i] = j if force_match == "object" else own_best[i]
-    owner = [o if use else IGNORE for o, use in zip(owner, usable, strict=True)]
     return [labels[o] if o >= 0 else o for o in owner], [max(o, -1) for o in owner]
 
 

@@ -25,56 +25,37 @@ def bar(x, width):
     return [float(x), 0.0, float(x + width), 1.0]
 
 
-# E0.1: five anchors, four objects, the last disjoint from all. Intervals of ten pixels; shift by s: IoU (10-s)/(10+s).
-ANCHORS = [bar(0, 10), bar(6, 10), bar(100, 10), bar(200, 10), bar(303, 9)]
+# E0.1: five anchors and four objects, all ten pixels long but the last; shifted by s they have IoU (10 - s) / (10 + s).
+ANCHORS = [bar(0, 10), bar(3, 10), bar(100, 10), bar(200, 10), bar(108.2, 10)]
 OBJECTS = [
-    bar(1, 10),  # 0: anchor 0 by 9/11 = .82, anchor 1 by 5/15 = .33
-    bar(0, 16),  # 1: anchor 0 by 10/16 = .625, anchor 1 by 10/16 too: a tie, and the object's own best
-    bar(104, 10),  # 2: anchor 2 by 6/14 = .43, below .5: only by force
-    bar(900, 10),  # 3: out of reach
+    bar(2, 10),  # anchor 0 by 8/12 = .67, anchor 1 by 9/11 = .82
+    bar(-6, 10),  # anchor 0 by 4/16 = .25, its best, though anchor 0 prefers object 0
+    bar(104, 10),  # anchor 2 by 6/14 = .43, its best; anchor 4 by 5.8/14.2 = .41, between the thresholds
+    bar(900, 10),  # disjoint from all
 ]
 
 
-def test_max_iou_assign_guard_example():
-    # anchor 1: object 1 by .625; anchor 3 sees nothing; anchor 4 is made to lie between the thresholds by object 4
-    objects = [*OBJECTS, bar(300, 16), bar(303, 20)]  # anchor 4: 9/16 = .5625 and 9/20 = .45
-    targets = targets_of((objects, [0, 1, 2, 3, 4, 5]))
-    found = max_iou_assign(priors_of(ANCHORS), targets)
-    # object 3 captures nothing, above all not anchor 3 with which it has IoU 0
-    assert 3 not in found.labels
-    assert found.labels[0, 3] == BACKGROUND
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("object", [1, 0, 2, BACKGROUND, IGNORE]),
+        ("prior", [0, 0, 2, BACKGROUND, IGNORE]),
+        ("off", [0, 0, IGNORE, BACKGROUND, IGNORE]),
+    ],
+)
+def test_max_iou_assign_on_five_anchors_and_four_objects(rule, expected):
+    found = max_iou_assign(priors_of(ANCHORS), targets_of((OBJECTS, [0, 1, 2, 3])), force_match=rule)
+    assert found.labels.tolist() == [expected]
+    # the IoU is that with the object the prior owns now
+    assert_close(found.iou[0, 0].item(), 4 / 16 if rule == "object" else 8 / 12)
 
 
-def test_max_iou_assign_rules_on_five_anchors_and_four_objects():
-    # Anchor 0 is the best of objects 0 and 1; MMDetection's rule lets object 1, the later one, have it.
-    anchors = [bar(0, 10), bar(20, 12), bar(40, 10), bar(60, 10), bar(80, 9)]
-    objects = [
-        bar(1, 10),  # anchor 0: 9/11 = .82; its best
-        bar(0, 16),  # anchor 0: 10/16 = .625; its best
-        bar(43, 10),  # anchor 2: 7/13 = .54
-        bar(900, 10),  # nobody
-    ]
-    targets = targets_of((objects, [10, 11, 12, 13]))
-    by_object = max_iou_assign(priors_of(anchors), targets)
-    by_prior = max_iou_assign(priors_of(anchors), targets, force_match="prior")
-    assert by_object.labels.tolist() == [[11, BACKGROUND, 12, BACKGROUND, BACKGROUND]]
-    assert by_prior.labels.tolist() == [[10, BACKGROUND, 12, BACKGROUND, BACKGROUND]]
-    # the IoU is that with the object the prior owns now, .625 and not .82
-    assert_close(by_object.iou[0, 0].item(), 10 / 16)
-    assert_close(by_prior.iou[0, 0].item(), 9 / 11)
-
-
-def test_object_out_of_reach_would_capture_every_idle_prior_without_the_guard():
-    # what the guard is for: torchvision's Matcher on E0.1 makes positives of a negative and an ignored anchor
-    anchors = torch.tensor([bar(0, 10), bar(50, 10), bar(104, 10), bar(200, 10), bar(300, 10)]).double()
-    # anchor 4: 20/33... object 3 overlaps it by 10/23 = .43 but has a better anchor nowhere: shift it onto another
-    objects = torch.tensor([bar(1, 10), bar(48, 13), bar(104, 11), bar(900, 10)]).double()
-    overlap = box_iou(objects, anchors)
-    assert overlap[3].max() == 0
+def test_without_the_guard_the_object_out_of_reach_captures_every_prior():
+    labels, _ = reference.max_iou_assign(ANCHORS, OBJECTS, [0, 1, 2, 3], guard=False)
+    assert labels == [3, 3, 3, 3, 3]
+    overlap = box_iou(torch.tensor(OBJECTS), torch.tensor(ANCHORS))
     theirs = Matcher(0.5, 0.4, allow_low_quality_matches=True)(overlap)
-    assert (theirs >= 0).sum() == 5  # anchors 3 and 4 overlap nothing at all, and are positives all the same
-    ours = max_iou_assign(Priors(anchors[None], (5,)), targets_of((objects, [0, 1, 2, 3])), force_match="prior")
-    assert ours.labels.tolist() == [[0, 1, 2, BACKGROUND, BACKGROUND]]
+    assert (theirs >= 0).all()  # a negative and an ignored anchor became positive
 
 
 @pytest.mark.parametrize(
