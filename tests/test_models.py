@@ -427,7 +427,7 @@ def assert_detect_alike(theirs, ours, images):
         assert len(a["scores"]) > 10
         assert len(b["scores"]) == len(a["scores"])
         assert_close(b["scores"], a["scores"], rtol=0, atol=1e-4)
-        assert_close(b["boxes"], a["boxes"], rtol=0, atol=1e-4 * max(images[0].shape))
+        assert_close(b["boxes"], a["boxes"], rtol=0, atol=1e-3)  # pixels; 2e-4 measured
         assert b["labels"].equal(a["labels"])
 
 
@@ -473,7 +473,7 @@ def assert_detect_alike_few(theirs, ours, images):
         expected, found = theirs(images)[0], ours(images)[0]
     assert len(expected["scores"]) == 7
     assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-4)
-    assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-2)
+    assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-3)
 
 
 def test_from_torchvision_refuses_version_2():
