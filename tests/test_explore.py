@@ -86,7 +86,10 @@ def plain():
 
 def frames_of(page):
     data = json.loads(page.one("script", type="application/json")[2])
-    return json.loads(gzip.decompress(base64.b64decode(data["gz"]))) if "gz" in data else data["frames"], data
+    if "gz" not in data:
+        return data["frames"], data
+    packed = json.loads(gzip.decompress(base64.b64decode(data["gz"])))
+    return ["".join(packed["tags"][i] for i in row) for row in packed["frames"]], data
 
 
 # --- controls -------------------------------------------------------------------------------------------------
@@ -249,6 +252,11 @@ def test_explore_is_small(plain):
     assert len(Page(plain).all("script")[-1][2]) < 1400
     frames, data = frames_of(Page(plain))
     assert len(data["gz"]) / len(frames) < 2500 < len(frames[0]) / 3
+
+
+def test_explore_keeps_once_what_frames_share():
+    few, many = (frames_of(Page(static(height=slider(0, 2, n))))[1]["gz"] for n in (2, 20))
+    assert len(many) < 2 * len(few)
 
 
 def test_explore_closes_what_pyplot_opened():

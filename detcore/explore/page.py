@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -30,7 +31,8 @@ _JS = """(()=>{const r=document.querySelector('[id="%KEY%"]:not([data-ready])');
 const d=JSON.parse(r.querySelector('.dcx-data').textContent);if(d.gz&&!window.DecompressionStream)return;
 const s=r.querySelector('.dcx-stage'),cs=[...r.querySelectorAll('[data-texts]')];let p;
 const load=()=>p??=d.gz?new Response(new Blob([Uint8Array.from(atob(d.gz),c=>c.charCodeAt(0))]).stream()
-.pipeThrough(new DecompressionStream('gzip'))).json():Promise.resolve(d.frames);
+.pipeThrough(new DecompressionStream('gzip'))).json().then(q=>q.frames.map(f=>f.map(i=>q.tags[i]).join('')))
+:Promise.resolve(d.frames);
 const show=async()=>{for(const c of cs){const t=JSON.parse(c.dataset.texts)[c.value];
 if(c.type==='range'){c.setAttribute('aria-valuetext',t);c.nextElementSibling.textContent=t}}
 const f=await load(),i=cs.reduce((a,c)=>a*JSON.parse(c.dataset.texts).length+ +c.value,0);
@@ -110,7 +112,10 @@ def moving(
 def _data(frames: Sequence[str], fmt: str, alts: Sequence[str], pack: bool) -> str:
     data: dict[str, Any] = {"fmt": fmt, "alt": list(alts) if len(set(alts)) > 1 else [alts[0]]}
     if pack:
-        raw = json.dumps(list(frames), separators=(",", ":")).encode()
+        # Frames of one figure share most of their tags; gzip alone looks back 32 kB only, less than a frame.
+        places: dict[str, int] = {}
+        rows = [[places.setdefault(tag, len(places)) for tag in re.split("(?<=>)", frame)] for frame in frames]
+        raw = json.dumps({"tags": list(places), "frames": rows}, separators=(",", ":")).encode()
         data["gz"] = base64.b64encode(gzip.compress(raw, 9, mtime=0)).decode()
     else:
         data["frames"] = list(frames)
