@@ -34,7 +34,7 @@ def max_iou_assign(
     Args:
         priors: boxes in pixels, shared by the batch or one set an image.
         targets: padded objects; padded slots own nothing.
-        positive_iou: in (0, 1].
+        positive_iou: in [``negative_iou``, 1].
         negative_iou: in [0, ``positive_iou``].
         force_match: a forced prior goes to the ``"object"`` that forced it, the last one if
             several did (MMDetection), to the ``"prior"``'s own best object (torchvision), or
