@@ -81,9 +81,12 @@ def test_help_explains_every_flag_and_ends_with_examples(verb, capsys):
 
 
 def documented():
-    """Every command line of the README and of the helps, continued lines joined."""
-    readme = Path(__file__).parent.parent / "README.md"
-    texts = [readme.read_text(encoding="utf-8")]
+    """Every command line of the README, the book and the helps, continued lines joined."""
+    root = Path(__file__).parent.parent
+    texts = [page.read_text(encoding="utf-8") for page in [root / "README.md", *(root / "book").rglob("*.md")]]
+    for notebook in (root / "notebooks").glob("*.ipynb"):
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        texts += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
     texts += [importlib.import_module(f"detcore.cli.{MODULES.get(verb, verb)}").EXAMPLES for verb in VERBS]
     lines = "\n".join(texts).replace("\\\n", " ").splitlines()
     found = [shlex.split(line, comments=True) for line in lines if re.match(r" *(torchrun|detcore) ", line)]
