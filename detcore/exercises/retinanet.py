@@ -15,9 +15,9 @@ __all__ = ["EXERCISES"]
 def _tensor(value: object, like: Tensor, what: str) -> Tensor:
     """The answer, or what is wrong with its kind."""
     if not isinstance(value, Tensor):
-        raise Wrong(f"not a tensor: {what} must come back, got {type(value).__name__}")
+        raise Wrong(f"not a tensor: {what} must come back; got {type(value).__name__}")
     if value.shape != like.shape:
-        raise Wrong(f"not one value each: {what} must have shape {tuple(like.shape)}, got {tuple(value.shape)}")
+        raise Wrong(f"not one value each: {what} must have shape {tuple(like.shape)}; got {tuple(value.shape)}")
     return value
 
 
@@ -66,7 +66,7 @@ def _check_focal(answer) -> None:
         )
 
 
-def _focal(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+def focal_loss(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
     wrong = torch.where(positive, -logits, logits)  # its sigmoid is 1 - p_t
     weight = torch.where(positive, alpha, 1 - alpha)
     return weight * wrong.sigmoid() ** gamma * F.softplus(wrong)
@@ -95,7 +95,7 @@ _FOCAL = Exercise(
     name="focal_loss",
     task="focal_loss(logits, positive, alpha, gamma): the loss of each element; positive is a mask of the same shape.",
     checker=_check_focal,
-    solution=_focal,
+    solution=focal_loss,
     wrong=MappingProxyType(
         {
             "alpha on the wrong side": _focal_of(
@@ -105,7 +105,7 @@ _FOCAL = Exercise(
             "hard examples fade": _focal_of(_balanced, lambda p, t: t, _stable),
             "1 - p for both sides": _focal_of(_balanced, lambda p, t: 1 - p, _stable),
             "logarithm of the probability": _focal_of(_balanced, lambda p, t: 1 - t, lambda o, y, t: -t.log()),
-            "averaged": lambda *args: _focal(*args).mean(),
+            "averaged": lambda *args: focal_loss(*args).mean(),
         }
     ),
 )
@@ -157,8 +157,9 @@ def _check_best(answer) -> None:
         raise Wrong(f"not 0 without boxes: got {_row(nothing)}")
 
 
-def _best(boxes: Tensor, labels: Tensor, object_boxes: Tensor, object_labels: Tensor) -> Tensor:
-    ious = _class_aware(boxes, labels, object_boxes, object_labels)  # D M
+def best_iou_per_object(boxes: Tensor, labels: Tensor, object_boxes: Tensor, object_labels: Tensor) -> Tensor:
+    same = labels[:, None] == object_labels  # D M
+    ious = torch.where(same, pairwise_iou(boxes, object_boxes), 0.0)
     # the zero row: a picture without boxes
     return torch.cat([ious, torch.zeros(1, len(object_boxes))]).amax(dim=0)
 
@@ -174,7 +175,7 @@ _BEST = Exercise(
     name="best_iou_per_object",
     task="best_iou_per_object(boxes, labels, object_boxes, object_labels): (M,) best IoU with a box of its class.",
     checker=_check_best,
-    solution=_best,
+    solution=best_iou_per_object,
     wrong=MappingProxyType(
         {
             "classes ignored": lambda boxes, labels, objects, _: pairwise_iou(boxes, objects).amax(dim=0),
@@ -207,14 +208,15 @@ def _check_oracle(answer) -> None:
         raise Wrong(f"not 0 without objects: got {_row(empty)}")
 
 
-def _oracle(boxes: Tensor, labels: Tensor, object_boxes: Tensor, object_labels: Tensor) -> Tensor:
-    ious = _class_aware(boxes, labels, object_boxes, object_labels)  # D M
+def oracle_scores(boxes: Tensor, labels: Tensor, object_boxes: Tensor, object_labels: Tensor) -> Tensor:
+    same = labels[:, None] == object_labels  # D M
+    ious = torch.where(same, pairwise_iou(boxes, object_boxes), 0.0)
     # the zero column: a picture without objects
     return torch.cat([ious, torch.zeros(len(boxes), 1)], dim=1).amax(dim=1)
 
 
 def _hits_only(*args):
-    scores = _oracle(*args)
+    scores = oracle_scores(*args)
     return torch.where(scores >= 0.5, scores, 0.0)
 
 
@@ -222,7 +224,7 @@ _ORACLE = Exercise(
     name="oracle_scores",
     task="oracle_scores(boxes, labels, object_boxes, object_labels): (D,) best IoU with an object of the box's class.",
     checker=_check_oracle,
-    solution=_oracle,
+    solution=oracle_scores,
     wrong=MappingProxyType(
         {
             "classes ignored": lambda boxes, labels, objects, _: pairwise_iou(boxes, objects).amax(dim=1),
