@@ -498,6 +498,15 @@ def test_resume_of_a_longer_run_equals_it_from_the_start(tmp_path):
     assert rows(tmp_path / "whole") == rows(tmp_path / "halves")
 
 
+@pytest.fixture
+def ctrl_c():
+    # A job that a shell put into the background starts with SIGINT ignored, and its Python keeps that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupt_saves_the_step_it_came_in(tmp_path, unbroken):
     def press(step):
         if step.step == 5:
@@ -525,6 +534,7 @@ def test_interrupt_in_validation_repeats_only_the_validation(tmp_path, unbroken)
     assert_same_run(tmp_path, model, history, unbroken["toy"])
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_second_interrupt_stops_at_once_and_leaves_the_last_checkpoint(tmp_path):
     class Stubborn(Toy):
         def loss(self, images, targets):
