@@ -104,9 +104,9 @@ book: $(VENV)/.book-stamp
 	$(SAY) 'the book: $(HTML)/index.html (make serve shows it)'
 
 test-book: $(VENV)/.test-stamp
-	$(SAY) 'the built book in headless Chromium'
+	$(SAY) 'the built book in headless Chromium, and its settings'
 	@test -f $(HTML)/index.html || { echo 'make: there is no $(HTML)/index.html; run make book first' >&2; exit 1; }
-	$(PY) -m pytest tests/browser -m browser
+	$(PY) -m pytest tests/browser tests/test_book_config.py -m 'not compile'
 
 serve:
 	@test -f $(HTML)/index.html || { echo 'make: there is no $(HTML)/index.html; run make book first' >&2; exit 1; }
