@@ -6,10 +6,11 @@ Data:     FOLDER/voc20, COCO format: VOC 2012 and COCO 2017 pictures with a cat 
 Hardware: one core of an AMD EPYC (bf16 through AVX-512), about 6 minutes a run
 Result:   results/cats_and_dogs.json
 
-Each run is the command line itself, ``detcore train ...``; the last epoch's averaged weights are evaluated once. The settings are not blind: one
-trial with them was evaluated on the held-out pictures after 5 and 10 epochs before 20 were fixed. Beside the detectors stands what
-needs no detector: one box a class, the median box of the training objects, in every picture, scored
-by how frequent the class is.
+Each run is the command line itself, ``detcore train ...``; the last epoch's averaged weights are
+evaluated once. The settings are not blind: one trial with them was evaluated on the held-out
+pictures after 5 and 10 epochs, before 20 were fixed. Beside the detectors stands what needs no
+detector: one box a class, the median box of the training objects, in every picture, scored by how
+frequent the class is.
 """
 
 import json
