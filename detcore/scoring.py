@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,7 +51,6 @@ def fuse(
         ValueError: if a power is negative.
 
     Example:
-        >>> import torch
         >>> p, q = torch.tensor(0.2), torch.tensor(0.9)
         >>> fuse(p, q, class_power=0.4, quality_power=0.6)  # IoU-aware, alpha = 0.4
         tensor(0.4931)
@@ -115,7 +115,12 @@ def class_score(pred: Predictions) -> Scores:
 
 
 def fused_score(
-    pred: Predictions, *, quality: str = "iou", class_power: float = 0.5, quality_power: float = 0.5
+    pred: Predictions,
+    *,
+    quality: str = "iou",
+    class_power: float = 0.5,
+    quality_power: float = 0.5,
+    min_quality: float | None = None,
 ) -> Scores:
     """Class score fused with a quality map, on every level.
 
@@ -124,22 +129,32 @@ def fused_score(
         quality: name of the map.
         class_power: of :func:`fuse`.
         quality_power: of :func:`fuse`.
+        min_quality: priors at or below this quality score 0 in every class, before candidates are
+            chosen, so that no threshold lets them through; in [0, 1], ``None`` filters nothing.
 
     Raises:
         KeyError: if the head has no such map.
+        ValueError: if ``min_quality`` is outside [0, 1].
 
     Example:
         >>> from functools import partial
         >>> u, v = iou_aware_powers(0.4)
         >>> score = partial(fused_score, class_power=u, quality_power=v)
 
-    Reference: Wu et al., IoU-aware single-stage detector, 2020, Eq. (5). arXiv:1912.05992
+    Reference: Wu et al., IoU-aware single-stage detector, 2020, Eq. (5), arXiv:1912.05992;
+    RetinaNet-Conf, 2020, Eq. (11) and Table 4 (the filter).
     """
+    if min_quality is not None and not 0 <= min_quality <= 1:
+        raise ValueError(f"fused_score: min_quality must be None or in [0, 1]; got {min_quality}.")
     if quality not in pred.extras:
         raise KeyError(f"fused_score: the head must have the extra map {quality!r}; it has {sorted(pred.extras)}.")
     classes = _sigmoid(pred.logits)
     predicted = _sigmoid(pred.extras[quality][..., 0])
+    if min_quality is not None:
+        classes = torch.where(predicted[..., None] > min_quality, classes, 0.0)
     ranking = fuse(classes, predicted[..., None], class_power=class_power, quality_power=quality_power)
+    if min_quality is not None:
+        ranking = torch.where(predicted[..., None] > min_quality, ranking, 0.0)  # 0 ** 0 is 1
     return Scores(ranking, classes, predicted)
 
 

@@ -1,5 +1,6 @@
 """Losses: ``functional`` gives one value an element, ``terms`` masks, sums and normalises."""
 
+from detcore.losses.association import association_term, pce_loss, pse_loss
 from detcore.losses.functional import (
     giou_loss,
     iou_loss,
@@ -9,10 +10,18 @@ from detcore.losses.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from detcore.losses.terms import LossTerm, box_delta_term, box_iou_term, focal_term, iou_quality_term
+from detcore.losses.terms import (
+    LossTerm,
+    box_delta_term,
+    box_iou_term,
+    focal_term,
+    iou_quality_term,
+    quality_focal_term,
+)
 
 __all__ = [
     "LossTerm",
+    "association_term",
     "box_delta_term",
     "box_iou_term",
     "focal_term",
@@ -20,7 +29,10 @@ __all__ = [
     "iou_loss",
     "iou_quality_term",
     "log_iou_loss",
+    "pce_loss",
+    "pse_loss",
     "quality_focal_loss",
+    "quality_focal_term",
     "quality_loss",
     "sigmoid_focal_loss",
     "smooth_l1_loss",

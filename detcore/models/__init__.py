@@ -7,13 +7,15 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models import iou_aware, retinanet
+from detcore.models import gfl, iou_aware, retinanet, retinanet_conf
 
 __all__ = ["MODELS", "get_model", "list_models"]
 
 MODELS: dict[str, Callable[..., DenseDetector]] = {
     "retinanet": retinanet.retinanet,
     "iou_aware_retinanet": iou_aware.iou_aware_retinanet,
+    "retinanet_conf": retinanet_conf.retinanet_conf,
+    "retinanet_gfl": gfl.retinanet_gfl,
 }
 """Name to factory."""
 

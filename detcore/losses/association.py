@@ -1,0 +1,138 @@
+"""Association loss: tie the class score of a positive prior to the IoU its box reaches.
+
+Xu et al., association loss for one-stage detectors, 2020. Added to the classification loss of any
+detector whose class scores are sigmoids.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from detcore.boxes import iou
+from detcore.structures import Assignment, Predictions
+
+__all__ = ["Association", "association_term", "pce_loss", "pse_loss"]
+
+Association = Literal["pse", "pce"]
+
+
+def pse_loss(
+    scores: Float[Tensor, "*shape"], ious: Float[Tensor, "*shape"], *, beta: float = 1.0, k: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    r"""Prediction squared error: a spring between class score and IoU.
+
+    .. math:: \mathrm{PSE}(p, I) = \beta\,(p - kI)^2
+
+    With :math:`p = \sigma(o)` its slope :math:`2\beta\,(p - kI)\,p\,(1 - p)` vanishes at
+    :math:`p = kI` and where the sigmoid is flat: early in training, when every score is about
+    0.01, the spring is slack.
+
+    Args:
+        scores: :math:`p`, class probability, in [0, 1].
+        ious: :math:`I`, what the box reaches, in [0, 1]; a gradient reaches it if it has one.
+        beta: stiffness, >= 0.
+        k: the score wanted of a perfect box, > 0.
+
+    Returns:
+        The loss of every element, >= 0.
+
+    Raises:
+        ValueError: if ``beta`` is negative or ``k`` is not positive.
+
+    Example:
+        >>> pse_loss(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.9]))
+        tensor([0.1600, 0.1600])
+
+    Reference: Xu et al., association loss, 2020, Eq. (8).
+    """
+    _check("pse_loss", beta, k)
+    return beta * (scores - k * ious) ** 2
+
+
+def pce_loss(
+    scores: Float[Tensor, "*shape"], ious: Float[Tensor, "*shape"], *, beta: float = 1.0, k: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    r"""Prediction cross-entropy: the same pull as :func:`pse_loss` with a slope that never dies at the goal.
+
+    .. math:: \mathrm{PCE}(p, I) = -\beta \ln\bigl(1 - |p - kI|\bigr)
+
+    The argument of the logarithm is held at 1e-6 or more: for :math:`k > 1` it could be negative.
+
+    Args:
+        scores: as in :func:`pse_loss`.
+        ious: as there.
+        beta: as there.
+        k: as there.
+
+    Returns:
+        The loss of every element, >= 0.
+
+    Raises:
+        ValueError: if ``beta`` is negative or ``k`` is not positive.
+
+    Example:
+        >>> pce_loss(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.9]))
+        tensor([0.5108, 0.5108])
+
+    Reference: Xu et al., association loss, 2020, Eq. (9).
+    Deviation: the clamp.
+    """
+    _check("pce_loss", beta, k)
+    return -beta * (1 - (scores - k * ious).abs()).clamp(min=1e-6).log()
+
+
+def association_term(
+    pred: Predictions,
+    match: Assignment,
+    *,
+    kind: Association = "pse",
+    beta: float = 1.0,
+    k: float = 1.0,
+    score: Literal["label", "max"] = "label",
+) -> Float[Tensor, ""]:
+    r"""PSE or PCE between the class score of each positive prior and the IoU its box reaches.
+
+    .. math:: L_{as} = \frac{1}{N_{pos}} \sum_{i \in pos} \ell\bigl(p_i,\ \mathrm{IoU}(b_i, \hat b_i)\bigr)
+
+    The IoU is a constant: the boxes do not learn to suit the scores. Negatives add nothing.
+
+    Args:
+        pred: logits of sigmoids, and decoded boxes.
+        match: objects of the same priors.
+        kind: ``"pse"`` or ``"pce"``.
+        beta: of :func:`pse_loss`.
+        k: of :func:`pse_loss`.
+        score: :math:`p` is that of the prior's own class (``"label"``) or the highest of all
+            (``"max"``). Where a wrong class leads, the latter pushes the wrong class.
+
+    Raises:
+        ValueError: if an option is none of the above.
+
+    Example:
+        Any detector takes it; here RetinaNet:
+
+        >>> from functools import partial
+        >>> from detcore.models import get_model
+        >>> detector = get_model("retinanet", num_classes=20, backbone="tiny")
+        >>> detector.losses["association"] = (1.0, partial(association_term, kind="pce"))
+
+    Reference: Xu et al., association loss, 2020, Eq. (8), (9), (12).
+    Deviation: ``score="label"`` by default; Eq. (12) writes the maximum.
+    """
+    losses = {"pse": pse_loss, "pce": pce_loss}
+    if kind not in losses:
+        raise ValueError(f'association_term: kind must be "pse" or "pce"; got {kind!r}.')
+    if score not in ("label", "max"):
+        raise ValueError(f'association_term: score must be "label" or "max"; got {score!r}.')
+    logits = pred.logits.float() if pred.logits.element_size() < 4 else pred.logits
+    own = logits.gather(-1, match.labels.clamp(min=0)[..., None])[..., 0] if score == "label" else logits.amax(-1)
+    reached = iou(pred.boxes, match.boxes).detach().to(own.dtype)
+    loss = losses[kind](own.sigmoid(), reached, beta=beta, k=k)
+    return torch.where(match.positive, loss, 0.0).sum() / match.num_positive
+
+
+def _check(where: str, beta: float, k: float) -> None:
+    if beta < 0 or k <= 0:
+        raise ValueError(f"{where}: beta must be >= 0 and k > 0; got {beta} and {k}.")
