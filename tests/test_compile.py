@@ -9,7 +9,8 @@ from detcore.detector import DenseDetector
 from detcore.models import MODELS
 from detcore.nn import TinyTrunk
 from detcore.structures import pad_targets
-from tests.test_models import calm, redraw, small
+from tests.test_models import calm, redraw
+from tests.zoo import small
 
 pytestmark = [
     pytest.mark.compile,

@@ -9,6 +9,7 @@ import detcore.postprocess
 from detcore.models import get_model, list_models
 from detcore.structures import Targets
 from tests.counting import LaunchCounter
+from tests.zoo import ZOO
 
 SIZE = 64
 
@@ -110,27 +111,29 @@ def select_counts(name: str, batch: int, monkeypatch, **options) -> tuple[Launch
     return counter, int(found.valid.sum())
 
 
-@pytest.mark.parametrize("candidates_by", ["prior", "pair"])
-@pytest.mark.parametrize("name", list_models())
-def test_select_launches_do_not_grow_with_the_batch(name, candidates_by, monkeypatch):
-    one, found = select_counts(name, 1, monkeypatch, candidates_by=candidates_by)
+EVERY_SELECT = pytest.mark.parametrize(
+    ("name", "options", "waits"),
+    [
+        pytest.param(name, options, waits, id="-".join([name, *options.values()]))
+        for name, row in ZOO.items()
+        for options, waits in row.selects
+    ],
+)
+
+
+@EVERY_SELECT
+def test_select_launches_do_not_grow_with_the_batch(name, options, waits, monkeypatch):
+    one, found = select_counts(name, 1, monkeypatch, **options)
     assert found > 0
     for batch in (4, 8):
-        many, found_by_many = select_counts(name, batch, monkeypatch, candidates_by=candidates_by)
+        many, found_by_many = select_counts(name, batch, monkeypatch, **options)
         assert found_by_many > found
         assert many.launches == one.launches, f"B={batch}"
 
 
-@pytest.mark.parametrize(
-    ("candidates_by", "waits"),
-    [
-        ("prior", {"nonzero": 1}),  # how many pairs pass the threshold
-        ("pair", {"nonzero": 1, "index by mask": 1}),  # and how many of them are among the best of their level
-    ],
-)
-@pytest.mark.parametrize("name", list_models())
-def test_select_waits_as_often_as_recorded(name, candidates_by, waits, monkeypatch):
-    counted, _ = select_counts(name, 4, monkeypatch, candidates_by=candidates_by)
+@EVERY_SELECT
+def test_select_waits_as_often_as_recorded(name, options, waits, monkeypatch):
+    counted, _ = select_counts(name, 4, monkeypatch, **options)
     assert counted.syncs == waits
 
 

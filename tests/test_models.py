@@ -20,16 +20,9 @@ from detcore.models.retinanet import from_torchvision, retinanet
 from detcore.nn import FixedBatchNorm2d, TinyTrunk
 from detcore.structures import Targets, pad_targets, to_dicts
 from tests.samples import no_hook
+from tests.zoo import ZOO, small
 
-TERMS = {"retinanet": {"cls", "box"}, "iou_aware_retinanet": {"cls", "box", "iou"}}
-EXTRAS = {"retinanet": {}, "iou_aware_retinanet": {"iou": 1}}
-TINY_PARAMETERS = {"retinanet": 912_975, "iou_aware_retinanet": 918_168}
 EVERY_MODEL = pytest.mark.parametrize("name", sorted(MODELS))
-
-
-def small(name, **options):
-    """A detector for 64 to 128 pixels on the small trunk."""
-    return get_model(name, **{"num_classes": 3, "backbone": "tiny", "anchor_base": 2.0, **options})
 
 
 def two_pictures(size=128):
@@ -86,27 +79,27 @@ def test_iou_aware_retinanet_adds_one_convolution():
 
 
 def test_matrix_covers_every_model():
-    assert set(TERMS) == set(EXTRAS) == set(TINY_PARAMETERS) == set(MODELS) == set(list_models())
+    assert set(ZOO) == set(MODELS) == set(list_models())
 
 
 @EVERY_MODEL
 def test_model_has_the_shapes_and_terms_it_promises(name):
-    detector = small(name)
+    detector, row = small(name), ZOO[name]
     images, targets = two_pictures()
     pred = detector.predict(images)
-    cells = 16**2 + 8**2 + 4**2 + 2**2 + 1
-    assert pred.logits.shape == (2, 9 * cells, 3)
-    assert pred.deltas.shape == pred.boxes.shape == (2, 9 * cells, 4)
-    assert {extra: value.shape[-1] for extra, value in pred.extras.items()} == EXTRAS[name]
-    assert pred.priors.counts == tuple(9 * side**2 for side in (16, 8, 4, 2, 1))
+    counts = tuple(row.per_cell * side**2 for side in (16, 8, 4, 2, 1))
+    assert pred.logits.shape == (2, sum(counts), 3)
+    assert pred.deltas.shape == pred.boxes.shape == (2, sum(counts), 4)
+    assert {extra: value.shape[-1] for extra, value in pred.extras.items()} == row.extras
+    assert pred.priors.counts == counts
     losses = detector.loss(images, targets)
-    assert set(losses) == TERMS[name]
+    assert set(losses) == row.terms
     assert all(value.shape == () and value.isfinite() and value > 0 for value in losses.values())
     found = detector.detect(images, torch.tensor([[128, 128], [100, 90]]))
     assert found.boxes.shape == (2, 100, 4)
-    assert (found.quality is not None) == ("iou" in EXTRAS[name])
+    assert (found.quality is not None) == (row.quality is not None)
     assert isinstance(detector, Detector)
-    assert count(detector) == TINY_PARAMETERS[name]
+    assert count(detector) == row.parameters
 
 
 @EVERY_MODEL
@@ -194,7 +187,7 @@ def test_batch_equals_its_images_one_by_one(name):
     together = detector.predict(images)
     found = to_dicts(detector.detect(images, sizes))
     joint = detector.loss(images, targets)
-    number = detector.match(together.priors, targets).num_positive
+    match = detector.match(together.priors, targets)
     parts = dict.fromkeys(joint, 0.0)
     for i in range(2):
         alone = detector.predict(images[i : i + 1])
@@ -203,9 +196,10 @@ def test_batch_equals_its_images_one_by_one(name):
         one = to_dicts(detector.detect(images[i : i + 1], sizes[i : i + 1]))[0]
         assert_close(one["scores"], found[i]["scores"], rtol=1e-4, atol=1e-5)
         own = Targets(targets.boxes[i : i + 1], targets.labels[i : i + 1], targets.valid[i : i + 1])
-        share = detector.match(alone.priors, own).num_positive / number
+        part = detector.match(alone.priors, own)
         for term, value in detector.loss(images[i : i + 1], own).items():
-            parts[term] += value * share
+            normaliser = ZOO[name].normalisers.get(term, lambda _, match: match.num_positive)
+            parts[term] += value * normaliser(alone, part) / normaliser(together, match)
     for term, value in joint.items():
         assert_close(parts[term], value, rtol=1e-4, atol=1e-5)
 
@@ -217,7 +211,7 @@ def test_pictures_without_objects_train_the_classes_only(name):
     losses = detector.loss(torch.rand(2, 3, 64, 64), pad_targets([empty, empty]))
     sum(losses.values()).backward()
     assert losses["cls"] > 0
-    assert all(losses[term] == 0 for term in TERMS[name] - {"cls"})
+    assert all(losses[term] == 0 for term in ZOO[name].terms - {"cls"})
     assert detector.head.outputs["deltas"].weight.grad.eq(0).all()
     assert detector.head.outputs["logits"].weight.grad.isfinite().all()
 
@@ -242,9 +236,9 @@ def test_overfits_two_pictures(name):
     first, second = to_dicts(detector.detect(images, torch.full((2, 2), 128)))
     assert first["labels"][0] == 1
     assert sorted(second["labels"][:2].tolist()) == [0, 2]
-    if "iou" in EXTRAS[name]:
+    if (quality := ZOO[name].quality) in ("iou", "confidence"):
         reached = iou(pred.boxes, match.boxes)[match.positive]
-        assert (pred.extras["iou"][..., 0].sigmoid()[match.positive] - reached).abs().mean() < 0.05
+        assert (pred.extras[quality][..., 0].sigmoid()[match.positive] - reached).abs().mean() < 0.05
 
 
 # --- limits: one model is another
@@ -328,21 +322,22 @@ def test_initial_losses_are_sane(name):
     pred = detector.predict(images)
     match = detector.match(pred.priors, targets)
     assert_close(pred.logits.sigmoid().mean().item(), 0.01, rtol=0.2, atol=0)
-    # each prior answers about .01 to every class: 1.128 a positive and 7.5e-7 for every other entry
-    o = torch.tensor(-math.log(99))
-    entries = match.labels.ne(-2).sum() * 3 - match.positive.sum()
-    expected = sigmoid_focal_loss(o, torch.tensor(True))
-    expected = expected + entries * sigmoid_focal_loss(o, torch.tensor(False)) / match.num_positive
-    assert_close(losses["cls"], expected, rtol=0.1, atol=0)
-    if "iou" in losses:  # q = 1/2: ln 2 whatever the target
-        assert_close(losses["iou"].item(), math.log(2), rtol=0.02, atol=0)
+    if ZOO[name].focal:
+        # each prior answers about .01 to every class: 1.128 a positive and 7.5e-7 for every other entry
+        o = torch.tensor(-math.log(99))
+        entries = match.labels.ne(-2).sum() * 3 - match.positive.sum()
+        expected = sigmoid_focal_loss(o, torch.tensor(True))
+        expected = expected + entries * sigmoid_focal_loss(o, torch.tensor(False)) / match.num_positive
+        assert_close(losses["cls"], expected, rtol=0.1, atol=0)
+    for term in losses.keys() & ZOO[name].extras.keys():  # q = 1/2: ln 2 whatever the target
+        assert_close(losses[term].item(), math.log(2), rtol=0.02, atol=0)
 
 
 # --- get_model
 
 
 def test_get_model_names_what_is_wrong():
-    with pytest.raises(KeyError, match=r"name must be one of \['iou_aware_retinanet', 'retinanet'\]; got 'yolo'"):
+    with pytest.raises(KeyError, match=r"name must be one of \[.*'iou_aware_retinanet'.*'retinanet'.*\]; got 'yolo'"):
         get_model("yolo", num_classes=3)
     with pytest.raises(TypeError, match=r"retinanet has no option detach; it has \['alpha'"):
         get_model("retinanet", num_classes=3, detach=True)
@@ -530,4 +525,4 @@ def test_from_torchvision_refuses_what_is_no_retinanet():
 
 def test_retinanet_is_the_factory_behind_get_model():
     with torch.device("meta"):
-        assert count(retinanet(num_classes=3, backbone="tiny")) == TINY_PARAMETERS["retinanet"]
+        assert count(retinanet(num_classes=3, backbone="tiny")) == ZOO["retinanet"].parameters

@@ -1,0 +1,55 @@
+"""What each detector of the package promises: the rows of every test that runs over all of them.
+
+A new detector is one row here; ``test_models``, ``test_launches`` and ``test_compile`` then run it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from detcore.models import get_model
+from detcore.structures import Assignment, Predictions
+
+BY_PRIOR = ({"candidates_by": "prior"}, {"nonzero": 1})  # it waits for how many pairs pass the threshold
+BY_PAIR = ({"candidates_by": "pair"}, {"nonzero": 1, "index by mask": 1})  # and how many are among their level's best
+
+
+@dataclass(frozen=True)
+class Row:
+    """One detector.
+
+    Args:
+        terms: names of its losses.
+        parameters: on the small trunk, three classes.
+        extras: its further maps: name to components a prior.
+        quality: the map that its score uses, ``None`` without one.
+        per_cell: priors a cell.
+        small: options that suit pictures of 64 to 128 pixels.
+        selects: its ways to choose candidates: options, and what each waits for.
+        focal: whether ``cls`` is the focal loss, which starts where every class is answered 0.01.
+        normalisers: what a term is divided by where that is not the number of positives.
+    """
+
+    terms: set[str]
+    parameters: int
+    extras: Mapping[str, int] = field(default_factory=dict)
+    quality: str | None = None
+    per_cell: int = 9
+    small: Mapping[str, float] = field(default_factory=lambda: {"anchor_base": 2.0})
+    selects: tuple[tuple[dict[str, str], dict[str, int]], ...] = (BY_PRIOR, BY_PAIR)
+    focal: bool = True
+    normalisers: Mapping[str, Callable[[Predictions, Assignment], Tensor]] = field(default_factory=dict)
+
+
+ZOO = {
+    "retinanet": Row({"cls", "box"}, 912_975),
+    "iou_aware_retinanet": Row({"cls", "box", "iou"}, 918_168, {"iou": 1}, "iou"),
+    "retinanet_conf": Row({"cls", "box", "confidence"}, 918_168, {"confidence": 1}, "confidence"),
+    "retinanet_gfl": Row({"cls", "box"}, 912_975, focal=False),
+}
+
+
+def small(name, **options):
+    """A detector for 64 to 128 pixels on the small trunk."""
+    return get_model(name, **{"num_classes": 3, "backbone": "tiny", **ZOO[name].small, **options})
