@@ -8,9 +8,10 @@ Result:   results/cats_and_dogs.json
 
 Each run is the command line itself, ``detcore train ...``; the last epoch's averaged weights are
 evaluated once. The settings are not blind: one trial with them was evaluated on the held-out
-pictures after 5 and 10 epochs, before 20 were fixed. Beside the detectors stands what needs no
-detector: one box a class, the median box of the training objects, in every picture, scored by how
-frequent the class is.
+pictures (IoU-aware RetinaNet) after 5 and 10 epochs, before 20 were fixed; the other detectors took
+them over as they were. Claim, stated before RetinaNet-Conf and FCOS were run: each reaches AP50 0.25.
+Beside the detectors stands what needs no detector: one box a class, the median box of the training
+objects, in every picture, scored by how frequent the class is.
 """
 
 import json
@@ -30,6 +31,13 @@ from detcore.evaluation import CocoEvaluator
 from detcore.provenance import provenance
 
 CLASSES = ("cat", "dog")
+# Objects fill more of a small picture's priors than of a large one's: anchors, and FCOS's ranges, at half size.
+MODELS = {
+    "iou_aware_retinanet": "anchor_base=2",
+    "retinanet_conf": "anchor_base=2",
+    "fcos_association": "range_base=4",
+    "retinanet": "anchor_base=2",
+}
 KEPT = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR100")
 
 
@@ -46,7 +54,7 @@ class Recipe:
         output: the result file.
     """
 
-    models: tuple[str, ...] = ("iou_aware_retinanet", "retinanet")
+    models: tuple[str, ...] = ("iou_aware_retinanet", "retinanet_conf", "fcos_association")
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 20
     size: int = 128
@@ -78,7 +86,7 @@ def _run(recipe: Recipe, model: str, seed: int, data: str) -> dict[str, Any]:
         --weight-decay 0.05 --no-decay-norm-and-bias --schedule cosine --warmup-steps 200 --clip-norm 10
         --ema-decay 0.998 --precision bf16 --eval-every 0 --workers 0 --seed {seed} --threads {recipe.threads}"""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "detcore", *words.split(), "--output", f"{folder}/run", "anchor_base=2"]
+        command = [sys.executable, "-m", "detcore", *words.split(), "--output", f"{folder}/run", MODELS[model]]
         subprocess.run(command, check=True)
         text = (Path(folder) / "run" / "result.json").read_text()
     found = json.loads(text.replace(data, "$DETCORE_DATA").replace(f"{folder}/run", f"runs/{model}-{seed}"))
