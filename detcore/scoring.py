@@ -129,12 +129,13 @@ def fused_score(
         quality: name of the map.
         class_power: of :func:`fuse`.
         quality_power: of :func:`fuse`.
-        min_quality: priors at or below this quality score 0 in every class, before candidates are
-            chosen, so that no threshold lets them through; in [0, 1], ``None`` filters nothing.
+        min_quality: priors at or below this quality score 0 in every class, ``ranking`` and
+            ``classes`` alike, so that they take no candidate's place and pass no threshold; in
+            [0, 1], ``None`` filters nothing.
 
     Raises:
         KeyError: if the head has no such map.
-        ValueError: if ``min_quality`` is outside [0, 1].
+        ValueError: if a power is negative or ``min_quality`` is outside [0, 1].
 
     Example:
         >>> from functools import partial
@@ -150,11 +151,10 @@ def fused_score(
         raise KeyError(f"fused_score: the head must have the extra map {quality!r}; it has {sorted(pred.extras)}.")
     classes = _sigmoid(pred.logits)
     predicted = _sigmoid(pred.extras[quality][..., 0])
-    if min_quality is not None:
-        classes = torch.where(predicted[..., None] > min_quality, classes, 0.0)
     ranking = fuse(classes, predicted[..., None], class_power=class_power, quality_power=quality_power)
-    if min_quality is not None:
-        ranking = torch.where(predicted[..., None] > min_quality, ranking, 0.0)  # 0 ** 0 is 1
+    if min_quality is not None:  # after fuse: with a power of 0 a score of 0 would count as 1
+        enough = predicted[..., None] > min_quality
+        ranking, classes = torch.where(enough, ranking, 0.0), torch.where(enough, classes, 0.0)
     return Scores(ranking, classes, predicted)
 
 

@@ -2,6 +2,8 @@
 
 Wu, Chen et al., RetinaNet-Conf, 2020. What the paper adds to RetinaNet: one 3x3 convolution on the
 last feature of the class tower, one loss term (Eq. 10), one score (Eq. 11).
+Deviation: the IoU that the confidence learns is a constant for the gradient; the authors' code
+attaches it, and so does ``detach_iou_target=False``.
 """
 
 from functools import partial
@@ -27,7 +29,7 @@ def retinanet_conf(
     negative_weight: float = 0.0,
     quality_weight: float = 1.0,
     detach_iou_target: bool = True,
-    fusion_alpha: float = 0.4,
+    fusion_alpha: float | None = 0.4,
     min_quality: float | None = None,
     threshold_on: ThresholdOn = "ranking",
     box_loss: str = "l1",
@@ -47,8 +49,10 @@ def retinanet_conf(
             CE\ :sup:`w` has 1e-3 or 1e-4.
         quality_weight: weight of the confidence term, >= 0; 1 in the paper.
         detach_iou_target: whether the reached IoU is a constant for the gradient.
-        fusion_alpha: :math:`\alpha` of Eq. (11), in [0, 1]; 0 ranks by class alone.
-        min_quality: of :func:`detcore.scoring.fused_score`; the paper's filter is 0.5.
+        fusion_alpha: :math:`\alpha` of Eq. (11), in [0, 1]; 0 ranks by class alone, ``None`` by the
+            plain product :math:`p_{conf}\, p_{cls}`.
+        min_quality: of :func:`detcore.scoring.fused_score`; the paper's filter is 0.5. With
+            ``fusion_alpha`` it makes the rows of Table 4.
         threshold_on: whether ``score_threshold`` cuts the fused (``"ranking"``) or the class score.
         box_loss: of :func:`detcore.models.retinanet.retinanet`; plain L1 in the released code.
         **options: of :func:`detcore.models.retinanet.retinanet`.
@@ -80,7 +84,7 @@ def retinanet_conf(
             negative_weight=negative_weight,
         ),
     )
-    class_power, quality_power = conf_powers(fusion_alpha)
+    class_power, quality_power = (1.0, 1.0) if fusion_alpha is None else conf_powers(fusion_alpha)
     detector.score = partial(
         fused_score,
         quality="confidence",
