@@ -54,6 +54,9 @@ def focal_term(
 def quality_focal_term(pred: Predictions, match: Assignment, *, beta: float = 2.0) -> Float[Tensor, ""]:
     r"""Quality focal loss over all classes of all priors that are not ignored, per positive prior.
 
+    .. math:: L = \frac{1}{N_{pos}} \sum_{i \notin ign} \sum_c |y_{ic} - p_{ic}|^{\beta}\, \mathrm{BCE}(p_{ic}, y_{ic}),
+        \qquad y_{ic} = \mathrm{IoU}(b_i, \hat b_i) \text{ if } c = c_i \text{ else } 0
+
     The target of a positive's own class is the IoU its box reaches, a constant; every other entry's
     is 0: the class score itself learns to tell localisation.
 
@@ -61,6 +64,9 @@ def quality_focal_term(pred: Predictions, match: Assignment, *, beta: float = 2.
         pred: logits and decoded boxes are used.
         match: objects of the same priors.
         beta: of :func:`~detcore.losses.functional.quality_focal_loss`.
+
+    Raises:
+        ValueError: if ``beta`` is negative.
 
     Example:
         >>> from detcore.models import get_model
