@@ -235,9 +235,41 @@ def box_iou_term(pred, match, measure=giou):
     return over_positives(match, lambda b, n: 1 - measure(found[b][n], wanted[b][n]))
 
 
-def iou_quality_term(pred, match, kind="bce"):
+def iou_quality_term(pred, match, kind="bce", negative_weight=0.0):
     found, wanted, logits = pred.boxes.tolist(), match.boxes.tolist(), pred.extras["iou"].tolist()
-    return over_positives(match, lambda b, n: quality(logits[b][n][0], iou(found[b][n], wanted[b][n]), kind))
+    mean = over_positives(match, lambda b, n: quality(logits[b][n][0], iou(found[b][n], wanted[b][n]), kind))
+    away = 0.0
+    for b, labels in enumerate(match.labels.tolist()):
+        away += sum(quality(logits[b][n][0], 0.0, kind) for n, label in enumerate(labels) if label == BACKGROUND)
+    return mean + negative_weight * away / num_positive(match)
+
+
+def quality_focal_term(pred, match, beta=2.0):
+    found, wanted, logits = pred.boxes.tolist(), match.boxes.tolist(), pred.logits.tolist()
+    total = 0.0
+    for b, labels in enumerate(match.labels.tolist()):
+        for n, label in enumerate(labels):
+            if label != IGNORE:
+                for c, logit in enumerate(logits[b][n]):
+                    target = iou(found[b][n], wanted[b][n]) if c == label else 0.0
+                    total += quality_focal(logit, target, beta)
+    return total / num_positive(match)
+
+
+def association(p, reached, kind="pse", beta=1.0, k=1.0):
+    gap = abs(p - k * reached)
+    return beta * gap**2 if kind == "pse" else -beta * math.log(max(1 - gap, 1e-6))
+
+
+def association_term(pred, match, kind="pse", beta=1.0, k=1.0, score="label"):
+    found, wanted = pred.boxes.tolist(), match.boxes.tolist()
+    logits, labels = pred.logits.tolist(), match.labels.tolist()
+
+    def element(b, n):
+        logit = logits[b][n][labels[b][n]] if score == "label" else max(logits[b][n])
+        return association(sigmoid(logit), iou(found[b][n], wanted[b][n]), kind, beta, k)
+
+    return over_positives(match, element)
 
 
 # --- selection, one image

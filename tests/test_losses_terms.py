@@ -9,8 +9,9 @@ from torch.testing import assert_close
 from detcore.assigners import max_iou_assign
 from detcore.boxes import ciou, diou, giou, iou
 from detcore.coders import DeltaCoder
-from detcore.losses.functional import sigmoid_focal_loss
-from detcore.losses.terms import box_delta_term, box_iou_term, focal_term, iou_quality_term
+from detcore.losses.association import association_term
+from detcore.losses.functional import quality_loss, sigmoid_focal_loss
+from detcore.losses.terms import box_delta_term, box_iou_term, focal_term, iou_quality_term, quality_focal_term
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Predictions, Priors, Targets
 from tests import reference
 from tests.samples import image_of, predictions_of, some_boxes, some_predictions, some_priors, targets_of
@@ -26,10 +27,15 @@ TERMS = {
     **{f"box {m.__name__}": partial(box_iou_term, measure=m) for m in (iou, giou, diou, ciou)},
     **{f"quality {kind}": partial(iou_quality_term, kind=kind) for kind in KINDS},
     "quality attached": partial(iou_quality_term, detach=False),
+    "quality with negatives": partial(iou_quality_term, negative_weight=0.01),
+    "quality focal": quality_focal_term,
+    "association pse": association_term,
+    "association pce": partial(association_term, kind="pce", beta=0.5),
+    "association max": partial(association_term, score="max", k=0.8),
 }
 # random priors lie far apart: at RetinaNet's thresholds none of them would be ignored
 assign = partial(max_iou_assign, positive_iou=0.35, negative_iou=0.2)
-BOX_TERMS = [name for name in TERMS if "focal" not in name]
+POSITIVES_ONLY = [name for name in TERMS if "focal" not in name and "negatives" not in name]
 
 
 def a_batch(*, count=40, requires_grad=False, images=2, classes=3):
@@ -88,6 +94,21 @@ def test_iou_quality_term_equals_its_loop(kind):
     assert_close(found.item(), reference.iou_quality_term(pred, match, kind), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_iou_quality_term_with_negatives_equals_its_loop(kind):
+    _, _, pred, match = a_batch()
+    found = iou_quality_term(pred, match, kind=kind, negative_weight=0.3)
+    assert_close(found.item(), reference.iou_quality_term(pred, match, kind, 0.3), rtol=1e-6, atol=0)
+    assert found > 1.01 * iou_quality_term(pred, match, kind=kind)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 1.5, 2.0])
+def test_quality_focal_term_equals_its_loop(beta):
+    _, _, pred, match = a_batch()
+    found = quality_focal_term(pred, match, beta=beta)
+    assert_close(found.item(), reference.quality_focal_term(pred, match, beta), rtol=1e-6, atol=0)
+
+
 def test_terms_differ_from_each_other_on_this_batch():
     _, _, pred, match = a_batch()
     values = sorted(term(pred, match).item() for name, term in TERMS.items() if name != "quality attached")
@@ -109,26 +130,64 @@ def test_terms_by_hand():
     # IoU 50/150; hull 15 x 10 is filled, so GIoU is the same
     assert_close(box_iou_term(pred, match).item(), 2 / 3)
     assert_close(iou_quality_term(pred, match, kind="l1").item(), 0.5 - 1 / 3)
+    # the negative is at .5 from 0
+    assert_close(iou_quality_term(pred, match, kind="l1", negative_weight=0.1).item(), 0.5 - 1 / 3 + 0.05)
+    # target 1/3 in one entry: (1/6)^2 ln 2; three entries with target 0: (1/2)^2 ln 2
+    assert_close(quality_focal_term(pred, match).item(), (1 / 36 + 3 / 4) * 0.6931472)
 
 
-def test_focal_term_leaves_ignored_priors_out_and_counts_negatives():
+@pytest.mark.parametrize("term", [focal_term, quality_focal_term])
+def test_focal_terms_leave_ignored_priors_out_and_count_negatives(term):
     _, _, pred, match = a_batch(requires_grad=True)
-    [gradient] = torch.autograd.grad(focal_term(pred, match), pred.logits)
+    [gradient] = torch.autograd.grad(term(pred, match), pred.logits)
     assert gradient[match.ignored].eq(0).all()
     assert gradient[match.negative].ne(0).all()
 
 
-@pytest.mark.parametrize("name", BOX_TERMS)
-def test_box_and_quality_terms_see_positives_only(name):
+def test_weighted_negatives_leave_ignored_priors_out():
     _, _, pred, match = a_batch(requires_grad=True)
-    inputs = [pred.deltas, pred.extras["iou"]]
+    [gradient] = torch.autograd.grad(iou_quality_term(pred, match, negative_weight=1e-3), pred.extras["iou"])
+    assert gradient[match.ignored].eq(0).all()
+    assert gradient[match.negative].gt(0).all()  # towards quality 0
+
+
+def test_a_hundred_thousand_weighted_negatives_outweigh_the_positives():
+    # dense.md 7: at q = .5 and w = 1e-4 they add 1e5 * 1e-4 * ln 2 = 6.9 to the sum
+    nothing = torch.zeros(1, 100_000, 4)
+    labels = torch.full((1, 100_000), BACKGROUND)
+    labels[0, :2] = 0
+    match = Assignment(labels, labels, nothing, nothing[..., 0], targets_of(([], [])))
+    pred = Predictions(nothing[..., :1], nothing, nothing, Priors(nothing, (100_000,)), {"iou": nothing[..., :1]})
+    plain, weighted = (iou_quality_term(pred, match, negative_weight=w) for w in (0.0, 1e-4))
+    assert_close((weighted - plain).item() * 2, 6.9, rtol=0, atol=0.05)  # two positives divide it
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.5, 2.0])
+def test_quality_focal_term_of_perfect_boxes_is_focal_without_alpha(beta):
+    _, _, pred, match = a_batch()
+    perfect = dataclasses.replace(pred, boxes=match.boxes)
+    found = quality_focal_term(perfect, match, beta=beta)
+    assert_close(found, focal_term(pred, match, alpha=None, gamma=beta), rtol=1e-6, atol=0)
+    assert abs(found - quality_focal_term(pred, match, beta=beta)) > 0.01
+
+
+def test_quality_focal_term_does_not_move_boxes():
+    _, _, pred, match = a_batch(requires_grad=True)
+    [gradient] = torch.autograd.grad(quality_focal_term(pred, match), [pred.deltas], allow_unused=True)
+    assert gradient is None
+
+
+@pytest.mark.parametrize("name", POSITIVES_ONLY)
+def test_box_quality_and_association_terms_see_positives_only(name):
+    _, _, pred, match = a_batch(requires_grad=True)
+    inputs = [pred.logits, pred.deltas, pred.extras["iou"]]
     gradients = torch.autograd.grad(TERMS[name](pred, match), inputs, allow_unused=True)
     for gradient in gradients:
         if gradient is not None:
             assert gradient[~match.positive].eq(0).all()
     # what stands at other priors does not matter, be it as wrong as can be
-    wild = torch.where(match.positive[..., None], pred.deltas.detach(), 50.0)
-    other = predictions_of(pred.priors, pred.logits, wild, pred.extras["iou"], CODER)
+    wild = (torch.where(match.positive[..., None], x.detach(), 50.0) for x in inputs)
+    other = predictions_of(pred.priors, *wild, CODER)
     assert_close(TERMS[name](other, match), TERMS[name](pred, match), rtol=0, atol=0)
 
 
@@ -143,7 +202,7 @@ def test_term_passes_gradcheck(name):
 
     inputs = [x.detach() for x in (pred.logits, pred.deltas, pred.extras["iou"])]
     # a detached target or trade-off makes numeric and analytic gradients differ in the deltas, as they must
-    frozen = name in {"box ciou", *(f"quality {kind}" for kind in KINDS)}
+    frozen = name == "box ciou" or (name.startswith(("quality", "association")) and "attached" not in name)
     inputs = [x.requires_grad_(not (frozen and i == 1)) for i, x in enumerate(inputs)]
     assert torch.autograd.gradcheck(term, inputs)
 
@@ -191,14 +250,16 @@ def no_objects(requires_grad=True):
 def test_image_without_objects(name):
     pred, match = no_objects()
     loss = TERMS[name](pred, match)
-    inputs = [pred.logits] if "focal" in name else [pred.deltas, pred.extras["iou"]]
-    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    gradients = torch.autograd.grad(loss, [pred.logits, pred.deltas, pred.extras["iou"]], allow_unused=True)
     assert any(g is not None for g in gradients)
     assert all(g.isfinite().all() for g in gradients if g is not None)
     if "focal" in name:
-        alpha, gamma = (None, 0.5) if "0.5" in name else (0.25, 2.0)
+        alpha, gamma = {"focal gamma 0.5": (None, 0.5), "quality focal": (None, 2.0)}.get(name, (0.25, 2.0))
         nothing = torch.zeros_like(pred.logits) > 0
         assert_close(loss, sigmoid_focal_loss(pred.logits, nothing, alpha=alpha, gamma=gamma).sum())  # N = 1
+    elif "negatives" in name:
+        quality = pred.extras["iou"]
+        assert_close(loss, 0.01 * quality_loss(quality, torch.zeros_like(quality)).sum())  # N = 1
     else:
         assert loss == 0
 
@@ -262,6 +323,14 @@ def test_iou_quality_term_names_the_missing_map():
     _, _, pred, match = a_batch()
     with pytest.raises(KeyError, match=r"must have the extra map 'centerness'; it has \['iou'\]"):
         iou_quality_term(pred, match, name="centerness")
+
+
+def test_terms_refuse_wrong_options():
+    _, _, pred, match = a_batch()
+    with pytest.raises(ValueError, match=r"iou_quality_term: negative_weight must be >= 0; got -0.1"):
+        iou_quality_term(pred, match, negative_weight=-0.1)
+    with pytest.raises(ValueError, match=r"quality_focal_loss: beta must be >= 0; got -1.0"):
+        quality_focal_term(pred, match, beta=-1.0)
 
 
 def test_terms_of_short_floats_are_close_to_float32():
