@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from detcore.exercises import iou_aware, matching, retinanet, start
+from detcore.exercises import iou_aware, matching, retinanet, retinanet_conf, start
 from detcore.exercises._base import Exercise, Verdict, Wrong
 
 __all__ = ["EXERCISES", "Exercise", "Verdict", "Wrong", "check", "solution"]
 
 EXERCISES: dict[str, Exercise] = {
-    exercise.name: exercise for chapter in (start, matching, retinanet, iou_aware) for exercise in chapter.EXERCISES
+    exercise.name: exercise
+    for chapter in (start, matching, retinanet, iou_aware, retinanet_conf)
+    for exercise in chapter.EXERCISES
 }
 """Every exercise with code, by name."""
 
