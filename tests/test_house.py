@@ -28,6 +28,7 @@ LADDER = [
     "priors",
     "kernels",
     "assigners",
+    "ssd_assigner",
     "losses",
     "nn",
     "scoring",
