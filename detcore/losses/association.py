@@ -101,8 +101,9 @@ def association_term(
     .. math:: L_{as} = \frac{1}{N_{pos}} \sum_{i \in pos} \ell\bigl(p_i,\ \mathrm{IoU}(b_i, \hat b_i)\bigr)
 
     The IoU is a constant: the boxes do not learn to suit the scores. Negatives add nothing. Beside
-    focal loss the pull ends a little above :math:`kI`, where the two slopes cancel (0.09 above at
-    :math:`I = 0.5` with the defaults of both), not at it.
+    focal loss, whose pull is always upwards, PSE comes to rest where the two slopes cancel, above
+    :math:`kI` (at 0.59 for :math:`I = 0.5`, with the defaults of both); PCE, whose slope jumps, at
+    :math:`kI` itself from about 0.26 on.
 
     Args:
         pred: logits of independent sigmoids, and decoded boxes.
