@@ -54,8 +54,8 @@ def default_boxes_one_by_one(layout, clip):
             shapes += [(m * math.sqrt(r), m / math.sqrt(r)), (m / math.sqrt(r), m * math.sqrt(r))]
         for i in range(side):
             for j in range(side):
-                for w, h in shapes:
-                    x, y = (j + 0.5) * step, (i + 0.5) * step
+                for wide, high in shapes:
+                    x, y, w, h = (j + 0.5) * step, (i + 0.5) * step, wide, high
                     if clip == "cxcywh":
                         x, y = min(x, size), min(y, size)
                     if clip in ("cxcywh", "sizes"):
@@ -216,7 +216,7 @@ def test_layouts_name_what_is_wrong(change, message):
 
 
 def test_default_box_generator_names_what_is_wrong():
-    with no_hook(), pytest.raises(ValueError, match="clip must be None, .*; got 'box'"):
+    with no_hook(), pytest.raises(ValueError, match=r"clip must be None, .*; got 'box'"):
         DefaultBoxGenerator(LAYOUTS["ssd300_voc"], clip="box")
     with pytest.raises(ValueError, match="features must be 6 maps, one a level; got 2"):
         DefaultBoxGenerator(LAYOUTS["ssd300_voc"])(features_of([(4, 4), (2, 2)]), (32, 32))
