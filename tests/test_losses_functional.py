@@ -108,6 +108,15 @@ def test_quality_focal_by_hand():
     assert_close(losses.quality_focal_loss(scalar(0.0), scalar(0.75)).item(), math.log(2) / 16)
 
 
+@pytest.mark.parametrize(("beta", "below", "above"), [(1.0, 0.1732868, 0.0982), (1.5, 0.0866434, 0.0380327),
+                                                      (2.0, 0.0433217, 0.0147300)])  # fmt: skip
+def test_quality_focal_by_hand_on_both_sides_of_the_target(beta, below, above):
+    # y = .75; p = .5: .25^b ln 2; p = .9: .15^b (.75 * .1053605 + .25 * 2.3025851 = .6546667)
+    # E3.6: with y - p in place of |y - p| the latter is negative for b = 1 and not a number for b = 1.5
+    found = losses.quality_focal_loss(torch.logit(torch.tensor([0.5, 0.9]).double()), scalar([0.75, 0.75]), beta=beta)
+    assert_close(found, scalar([below, above]), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("beta", GAMMAS)
 def test_quality_focal_equals_its_loop(beta):
     logits, targets = torch.randn(200).double() * 4, torch.rand(200).double()
@@ -164,8 +173,9 @@ def test_quality_loss_equals_its_loop(kind):
 
 
 def test_quality_gradients_at_the_start_of_training():
-    # E3.5: o = 0, t = .7: l1 .25, ce .20, qfl .077, l2 .05
-    expected = {"l1": 0.25, "bce": 0.20, "qfl": 0.077, "l2": 0.05}
+    # E3.5: o = 0, t = .7: l1 .25, ce .20, qfl .077, l2 .05; smooth l1 is past its bend
+    expected = {"l1": 0.25, "smooth_l1": 0.25, "bce": 0.20, "qfl": 0.077, "l2": 0.05}
+    assert set(expected) == set(KINDS)
     for kind, size in expected.items():
         o = scalar(0.0).requires_grad_()
         [gradient] = torch.autograd.grad(losses.quality_loss(o, scalar(0.7), kind=kind), o)
@@ -174,10 +184,26 @@ def test_quality_gradients_at_the_start_of_training():
 
 def test_quality_gradients_where_the_sigmoid_is_flat():
     # E3.5: y = 1, o = -6: l1 .00247, l2 .00246, ce .998
-    for kind, size in {"l1": 0.00247, "l2": 0.00246, "bce": 0.998}.items():
+    for kind, size in {"l1": 0.00247, "smooth_l1": 0.00247, "l2": 0.00246, "bce": 0.998}.items():
         o = scalar(-6.0).requires_grad_()
         [gradient] = torch.autograd.grad(losses.quality_loss(o, scalar(1.0), kind=kind), o)
         assert_close(-gradient.item(), size, rtol=0, atol=5e-4 if kind == "bce" else 5e-6)
+
+
+def test_quality_gradients_near_the_goal():
+    # E3.5: y = .5001, o = 0: l1 is as steep as ever (.25), ce .0001
+    for kind, size in {"l1": 0.25, "bce": 0.0001}.items():
+        o = scalar(0.0).requires_grad_()
+        [gradient] = torch.autograd.grad(losses.quality_loss(o, scalar(0.5001), kind=kind), o)
+        assert_close(-gradient.item(), size, rtol=0, atol=1e-9)
+
+
+def test_quality_bce_has_a_floor():
+    # E3.5: H(.7) = .611, H(.8) = .500; the others end at 0
+    t = torch.tensor([0.7, 0.8]).double()
+    assert_close(losses.quality_loss(torch.logit(t), t), scalar([0.611, 0.500]), rtol=0, atol=5e-4)
+    for kind in set(KINDS) - {"bce"}:
+        assert losses.quality_loss(torch.logit(t), t, kind=kind).max() < 1e-12
 
 
 def test_quality_bce_pushes_its_target_by_minus_the_logit():

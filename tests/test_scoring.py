@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from detcore.coders import DeltaCoder
+from detcore.postprocess import select_by_pair, select_by_prior
 from detcore.scoring import class_score, conf_powers, fuse, fused_score, iou_aware_powers
+from detcore.structures import Predictions, Priors
 from tests.samples import FAST, some_predictions, some_priors
 
 share = st.floats(0, 1)
@@ -46,6 +48,14 @@ def test_the_papers_alphas_are_each_others_complement(p, q, alpha):
     assert_close(
         fuse_001(scalar(p), scalar(q), alpha), fuse_003(scalar(p), scalar(q), 1 - alpha), rtol=1e-9, atol=1e-12
     )
+
+
+@FAST
+@given(share)
+def test_powers_of_the_papers_are_each_others_mirror(alpha):
+    assert conf_powers(alpha) == iou_aware_powers(alpha)[::-1]
+    assert conf_powers(alpha) == pytest.approx(iou_aware_powers(1 - alpha), abs=1e-12)
+    assert sum(conf_powers(alpha)) == pytest.approx(1)
 
 
 @FAST
@@ -118,6 +128,114 @@ def test_scores_of_short_floats_are_computed_in_float32(score):
     assert_close(score(short).classes.double(), pred.logits.sigmoid(), rtol=1e-5, atol=1e-6)
 
 
+# --- the scores of RetinaNet-Conf's Table 4
+
+
+def hand_made(classes, quality, counts, *, name="iou"):
+    """Predictions of one picture and disjoint boxes: (N, C) class scores, N qualities."""
+    classes, quality = torch.tensor([classes]).double(), torch.tensor([quality]).double()
+    left = torch.arange(classes.shape[1]).double() * 20
+    boxes = torch.stack([left, torch.zeros_like(left), left + 10, torch.full_like(left, 10)], dim=-1)[None]
+    priors = Priors(boxes, counts)
+    return Predictions(classes.logit(), torch.zeros_like(boxes), boxes, priors, {name: quality.logit()[..., None]})
+
+
+def detect(pred, score, select=select_by_prior, **options):
+    sizes = torch.full((len(pred.logits), 2), 10_000)
+    return select(score(pred), pred, sizes, **options)
+
+
+# p = (.2, .6; .5, .1), q = (.9, .4): .6 of cls and .4 of the confidence, as alpha = .4
+ROWS = {
+    "cls": (1.0, 0.0, None, [[0.2, 0.6], [0.5, 0.1]]),
+    "cls, filtered": (1.0, 0.0, 0.5, [[0.2, 0.6], [0.0, 0.0]]),
+    "product": (1.0, 1.0, None, [[0.18, 0.54], [0.2, 0.04]]),
+    "product, filtered": (1.0, 1.0, 0.5, [[0.18, 0.54], [0.0, 0.0]]),
+    "alpha, filtered": (0.6, 0.4, 0.5, [[0.365020, 0.705647], [0.0, 0.0]]),
+    "alpha": (0.6, 0.4, None, [[0.365020, 0.705647], [0.457305, 0.174110]]),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_of_table_4_by_hand(row):
+    u, v, least, expected = ROWS[row]
+    pred = hand_made([[0.2, 0.6], [0.5, 0.1]], [0.9, 0.4], (2,))
+    scores = fused_score(pred, class_power=u, quality_power=v, min_quality=least)
+    assert_close(scores.ranking[0], torch.tensor(expected).double(), rtol=1e-5, atol=1e-12)
+    kept = [[0.2, 0.6], [0.5, 0.1] if least is None else [0.0, 0.0]]
+    assert_close(scores.classes[0], torch.tensor(kept).double())
+    assert_close(scores.quality[0], torch.tensor([0.9, 0.4]).double())
+
+
+def test_filter_keeps_what_is_above_it_only():
+    pred = hand_made([[0.5]] * 3, [0.5, 0.499999, 0.500001], (3,))
+    pred.extras["iou"][0, 0] = 0.0  # sigmoid(0) is .5 to the last bit
+    ranking = fused_score(pred, min_quality=0.5).ranking[0, :, 0]
+    assert (ranking > 0).tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("select", [select_by_prior, select_by_pair])
+@pytest.mark.parametrize("powers", [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize("threshold_on", ["ranking", "classes"])
+def test_filter_acts_before_candidates_are_chosen(select, powers, threshold_on):
+    # one candidate: the first prior has the highest score and too little quality, and would leave nothing behind it
+    pred = hand_made([[0.99], [0.6]], [0.45, 0.55], (2,))
+    u, v = powers
+    options = {"candidates": 1, "threshold_on": threshold_on}
+    found = detect(pred, partial(fused_score, class_power=u, quality_power=v, min_quality=0.5), select, **options)
+    assert found.prior[found.valid].tolist() == [1]
+    if u and u > v:
+        found = detect(pred, partial(fused_score, class_power=u, quality_power=v), select, **options)
+        assert found.prior[found.valid].tolist() == [0]
+
+
+@pytest.mark.parametrize("select", [select_by_prior, select_by_pair])
+def test_no_threshold_lets_filtered_boxes_through(select):
+    pred = hand_made([[0.99, 0.9], [0.6, 0.7]], [0.45, 0.55], (2,))
+    found = detect(pred, partial(fused_score, class_power=0.0, quality_power=0.0, min_quality=0.5), select,
+                   score_threshold=0.0)  # fmt: skip
+    assert found.prior[found.valid].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("select", [select_by_prior, select_by_pair])
+def test_scores_are_fused_on_small_levels_too(select):
+    # dense.md 8: RetinaNet-Conf's released code leaves cls^.6 = .486 where a level has fewer anchors than candidates
+    pred = hand_made([[0.3]] * 8, [0.6] * 8, (5, 2, 1))
+    u, v = conf_powers(0.4)
+    found = detect(pred, partial(fused_score, class_power=u, quality_power=v), select, candidates=3)
+    assert sorted(found.prior[found.valid].tolist())[-3:] == [5, 6, 7]  # both small levels, whole
+    assert found.valid.sum() == 3 + 2 + 1
+    assert_close(found.scores[found.valid], torch.full((6,), 0.396).double(), rtol=0, atol=5e-4)
+    assert_close(0.3**0.6, 0.486, rtol=0, atol=5e-4)  # what it would be there
+
+
+def crowded():
+    """400 boxes of all sizes in one picture, of three classes: many overlap."""
+    priors = some_priors(400)
+    return some_predictions(priors, 2, 3, DeltaCoder(), spread=0.05)
+
+
+@pytest.mark.parametrize("select", [select_by_prior, select_by_pair])
+def test_root_and_product_give_the_same_detections_at_the_mapped_threshold(select):
+    # .05 on the root is .0025 on the product
+    pred = crowded()
+    root, product = (partial(fused_score, class_power=x, quality_power=x) for x in (0.5, 1.0))
+    options = {"candidates": 50, "max_detections": 60}
+    a = detect(pred, root, select, score_threshold=0.05, **options)
+    b = detect(pred, product, select, score_threshold=0.0025, **options)
+    assert a.valid.sum() > 50
+    for name in ("boxes", "labels", "valid", "prior", "class_scores", "quality"):
+        assert getattr(a, name).equal(getattr(b, name)), name
+    assert_close(a.scores**2, b.scores, rtol=1e-9, atol=0)
+
+
+def test_root_and_product_differ_at_one_threshold():
+    pred = crowded()
+    root, product = (partial(fused_score, class_power=x, quality_power=x) for x in (0.5, 1.0))
+    a, b = (detect(pred, score, nms_iou=None, max_detections=2400).valid.sum() for score in (root, product))
+    assert a > 1.05 * b
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -128,6 +246,12 @@ def test_scores_of_short_floats_are_computed_in_float32(score):
             ValueError,
             "powers must be >= 0; got class_power=-1.0, quality_power=0.5",
         ),
+        (
+            lambda: fused_score(predictions(), min_quality=1.5),
+            ValueError,
+            r"fused_score: min_quality must be None or in \[0, 1\]; got 1.5",
+        ),
+        (lambda: fused_score(predictions(), quality_power=-0.5), ValueError, "powers must be >= 0; .*-0.5"),
         (lambda: fused_score(predictions(), quality="cc"), KeyError, r"must have the extra map 'cc'; it has \['iou'\]"),
     ],
 )
