@@ -20,6 +20,7 @@ from detcore.losses.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
+from detcore.losses.weighting import PriorWeight, weigh_positives
 from detcore.structures import Assignment, Predictions
 
 __all__ = ["LossTerm", "box_delta_term", "box_iou_term", "focal_term", "iou_quality_term", "quality_focal_term"]
@@ -28,14 +29,32 @@ LossTerm = Callable[[Predictions, Assignment], Tensor]
 """What a detector accepts in ``losses``: any callable of this shape."""
 
 
-def _mean_over_positives(loss: Float[Tensor, "B N"], match: Assignment) -> Float[Tensor, ""]:
-    return torch.where(match.positive, loss, 0.0).sum() / match.num_positive
+def _mean_over_positives(
+    loss: Float[Tensor, "B N"], match: Assignment, weight: PriorWeight | None = None
+) -> Float[Tensor, ""]:
+    return weigh_positives(torch.where(match.positive, loss, 0.0), match, weight).sum() / match.num_positive
+
+
+def _mean_over_used(loss: Float[Tensor, "B N"], match: Assignment, weight: PriorWeight | None) -> Float[Tensor, ""]:
+    return weigh_positives(torch.where(match.ignored, 0.0, loss), match, weight).sum() / match.num_positive
 
 
 def focal_term(
-    pred: Predictions, match: Assignment, *, alpha: float | None = 0.25, gamma: float = 2.0
+    pred: Predictions,
+    match: Assignment,
+    *,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    weight: PriorWeight | None = None,
 ) -> Float[Tensor, ""]:
     """Focal loss over all classes of all priors that are not ignored, per positive prior.
+
+    Args:
+        pred: logits are used.
+        match: objects of the same priors.
+        alpha: of :func:`~detcore.losses.functional.sigmoid_focal_loss`.
+        gamma: as there.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
 
     Example:
         >>> from detcore.models import get_model
@@ -47,11 +66,12 @@ def focal_term(
     """
     classes = torch.arange(pred.logits.shape[-1], device=match.labels.device)
     own = match.labels[..., None] == classes  # B N C; background and ignored match no class
-    loss = sigmoid_focal_loss(pred.logits, own, alpha=alpha, gamma=gamma).sum(-1)
-    return torch.where(match.ignored, 0.0, loss).sum() / match.num_positive
+    return _mean_over_used(sigmoid_focal_loss(pred.logits, own, alpha=alpha, gamma=gamma).sum(-1), match, weight)
 
 
-def quality_focal_term(pred: Predictions, match: Assignment, *, beta: float = 2.0) -> Float[Tensor, ""]:
+def quality_focal_term(
+    pred: Predictions, match: Assignment, *, beta: float = 2.0, weight: PriorWeight | None = None
+) -> Float[Tensor, ""]:
     r"""Quality focal loss over all classes of all priors that are not ignored, per positive prior.
 
     .. math:: L = \frac{1}{N_{pos}} \sum_{i \notin ign} \sum_c |y_{ic} - p_{ic}|^{\beta}\, \mathrm{BCE}(p_{ic}, y_{ic}),
@@ -64,6 +84,7 @@ def quality_focal_term(pred: Predictions, match: Assignment, *, beta: float = 2.
         pred: logits and decoded boxes are used.
         match: objects of the same priors.
         beta: of :func:`~detcore.losses.functional.quality_focal_loss`.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
 
     Raises:
         ValueError: if ``beta`` is negative.
@@ -79,17 +100,25 @@ def quality_focal_term(pred: Predictions, match: Assignment, *, beta: float = 2.
     own = match.labels[..., None] == classes  # B N C
     reached = iou(pred.boxes, match.boxes).detach()
     loss = quality_focal_loss(pred.logits, torch.where(own, reached[..., None], 0.0), beta=beta).sum(-1)
-    return torch.where(match.ignored, 0.0, loss).sum() / match.num_positive
+    return _mean_over_used(loss, match, weight)
 
 
-def box_delta_term(pred: Predictions, match: Assignment, *, coder: BoxCoder, beta: float = 1 / 9) -> Float[Tensor, ""]:
+def box_delta_term(
+    pred: Predictions,
+    match: Assignment,
+    *,
+    coder: BoxCoder,
+    beta: float = 1 / 9,
+    weight: PriorWeight | None = None,
+) -> Float[Tensor, ""]:
     """Smooth L1 between predicted and wanted deltas, summed over the four, per positive prior.
 
     Args:
         pred: deltas relative to ``pred.priors``.
         match: objects of the same priors.
         coder: the head's own coder.
-        beta: of :func:`~detcore.losses.functional.smooth_l1_loss`; 0 is L1.
+        beta: of :func:`~detcore.losses.functional.smooth_l1_loss`; 0 is L1, 1 is SSD's.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
 
     Example:
         >>> from functools import partial
@@ -97,11 +126,15 @@ def box_delta_term(pred: Predictions, match: Assignment, *, coder: BoxCoder, bet
         >>> term = partial(box_delta_term, coder=DeltaCoder(), beta=0.0)  # L1, as in RetinaNet-Conf
     """
     wanted = coder.encode(match.boxes, pred.priors.boxes.expand_as(match.boxes))
-    return _mean_over_positives(smooth_l1_loss(pred.deltas, wanted, beta=beta).sum(-1), match)
+    return _mean_over_positives(smooth_l1_loss(pred.deltas, wanted, beta=beta).sum(-1), match, weight)
 
 
 def box_iou_term(
-    pred: Predictions, match: Assignment, *, measure: Callable[[Tensor, Tensor], Tensor] = giou
+    pred: Predictions,
+    match: Assignment,
+    *,
+    measure: Callable[[Tensor, Tensor], Tensor] = giou,
+    weight: PriorWeight | None = None,
 ) -> Float[Tensor, ""]:
     """1 - overlap of decoded and wanted boxes, per positive prior.
 
@@ -109,13 +142,14 @@ def box_iou_term(
         pred: decoded boxes are used.
         match: objects of the same priors.
         measure: :func:`~detcore.boxes.iou`, ``giou``, ``diou``, ``ciou`` or another of that shape.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
 
     Example:
         >>> from functools import partial
         >>> from detcore.boxes import diou
         >>> term = partial(box_iou_term, measure=diou)
     """
-    return _mean_over_positives(1 - measure(pred.boxes, match.boxes), match)
+    return _mean_over_positives(1 - measure(pred.boxes, match.boxes), match, weight)
 
 
 def iou_quality_term(
