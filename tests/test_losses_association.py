@@ -304,6 +304,43 @@ def test_maximum_of_the_classes_pushes_the_wrong_one():
     assert_close(focal[0, 0, 0].item(), 0.017, rtol=0, atol=5e-4)  # downwards, an eighth of the wrong push
 
 
+def with_background(pred, *, last):
+    """The same sigmoids' logits, and one of background after them."""
+    logits = torch.cat([pred.logits, torch.full_like(pred.logits[..., :1], last)], dim=-1)
+    return dataclasses.replace(pred, logits=logits)
+
+
+@KINDS
+def test_softmax_of_one_class_and_background_is_a_sigmoid(kind):
+    # softmax(o, 0) = sigmoid(o)
+    pred, match = a_batch()
+    alone = dataclasses.replace(pred, logits=pred.logits[..., :1])
+    match = dataclasses.replace(match, labels=match.labels.clamp(max=0))
+    found = association_term(with_background(alone, last=0.0), match, kind=kind, activation="softmax")
+    assert_close(found, association_term(alone, match, kind=kind), rtol=1e-9, atol=0)
+
+
+def test_softmax_by_hand():
+    # weights 1, 3 and background 4: p = .125, .375; I = .6
+    pred, match = one_positive([0.0, math.log(3)], 0)
+    pred = with_background(pred, last=math.log(4))
+    options = {"activation": "softmax"}
+    assert_close(association_term(pred, match, **options).item(), (0.125 - 0.6) ** 2)
+    assert_close(association_term(pred, match, score="max", **options).item(), (0.375 - 0.6) ** 2)  # not .5, background
+    [gradient] = torch.autograd.grad(association_term(pred, match, **options), pred.logits)
+    # -.95 p_0 (1 - p_0, -p_1, -p_background)
+    expected = -0.95 * 0.125 * scalar([0.875, -0.375, -0.5])
+    assert_close(gradient[0, 0], expected)
+
+
+def test_positives_can_be_weighted():
+    pred, match = a_batch()
+    everyone = association_term(pred, match)
+    assert_close(association_term(pred, match, weight=lambda match: torch.full_like(match.iou, 3.0)), 3 * everyone)
+    first = association_term(pred, match, weight=lambda match: (match.labels == 0).double())
+    assert 0 < first < everyone
+
+
 @KINDS
 @SCORES
 def test_term_leaves_the_boxes_alone(kind, score):
@@ -385,6 +422,10 @@ def test_term_of_bfloat16_logits_is_computed_in_float32(kind, score):
         (lambda x: pce_loss(x, x, k=-0.5), r"pce_loss: .* k > 0; got 1.0 and -0.5"),
         (lambda _: association_term(*a_batch(), kind="mse"), 'association_term: kind must be "pse" or "pce"; got .mse'),
         (lambda _: association_term(*a_batch(), score="own"), 'score must be "label" or "max"; got .own'),
+        (
+            lambda _: association_term(*a_batch(), activation="exp"),
+            "activation must be .*; got .exp",
+        ),
         (lambda _: association_term(*a_batch(), beta=-1.0), r"pse_loss: beta must be"),
     ],
 )

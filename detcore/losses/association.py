@@ -1,7 +1,7 @@
 """Association loss: tie the class score of a positive prior to the IoU its box reaches.
 
 Xu et al., association loss for one-stage detectors, 2020. Added to the classification loss of any
-detector whose class scores are sigmoids.
+detector.
 """
 
 from typing import Literal
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from detcore.boxes import iou
+from detcore.losses.weighting import PriorWeight, weigh_positives
 from detcore.structures import Assignment, Predictions
 
 __all__ = ["Association", "association_term", "pce_loss", "pse_loss"]
@@ -95,6 +96,8 @@ def association_term(
     beta: float = 1.0,
     k: float = 1.0,
     score: Literal["label", "max"] = "label",
+    activation: Literal["sigmoid", "softmax"] = "sigmoid",
+    weight: PriorWeight | None = None,
 ) -> Float[Tensor, ""]:
     r"""PSE or PCE between the class score of each positive prior and the IoU its box reaches.
 
@@ -106,13 +109,16 @@ def association_term(
     :math:`kI` itself from about 0.26 on.
 
     Args:
-        pred: logits of independent sigmoids, and decoded boxes.
+        pred: logits and decoded boxes are used.
         match: objects of the same priors.
         kind: ``"pse"`` (:func:`pse_loss`) or ``"pce"`` (:func:`pce_loss`).
         beta: of :func:`pse_loss`.
         k: of :func:`pse_loss`.
         score: :math:`p` is that of the prior's own class (``"label"``) or the highest of all
             (``"max"``). Where a wrong class leads, the latter pushes the wrong class.
+        activation: how the head's logits become class scores: ``"sigmoid"`` each on its own, or
+            ``"softmax"`` over classes and background, the last, which then counts as no class.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
 
     Raises:
         ValueError: if an option is none of the above.
@@ -133,11 +139,14 @@ def association_term(
         raise ValueError(f'association_term: kind must be "pse" or "pce"; got {kind!r}.')
     if score not in ("label", "max"):
         raise ValueError(f'association_term: score must be "label" or "max"; got {score!r}.')
-    logits = _wide(pred.logits)
-    own = logits.gather(-1, match.labels.clamp(min=0)[..., None])[..., 0] if score == "label" else logits.amax(-1)
+    if activation not in ("sigmoid", "softmax"):
+        raise ValueError(f'association_term: activation must be "sigmoid" or "softmax"; got {activation!r}.')
+    values = _wide(pred.logits) if activation == "sigmoid" else _wide(pred.logits).softmax(-1)[..., :-1]
+    own = values.gather(-1, match.labels.clamp(min=0)[..., None])[..., 0] if score == "label" else values.amax(-1)
+    own = own.sigmoid() if activation == "sigmoid" else own
     reached = iou(pred.boxes, match.boxes).detach().to(own.dtype)
-    loss = losses[kind](own.sigmoid(), reached, beta=beta, k=k)
-    return torch.where(match.positive, loss, 0.0).sum() / match.num_positive
+    loss = torch.where(match.positive, losses[kind](own, reached, beta=beta, k=k), 0.0)
+    return weigh_positives(loss, match, weight).sum() / match.num_positive
 
 
 def _gap(scores: Tensor, ious: Tensor, k: float) -> Tensor:
