@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from detcore.structures import Priors
 
-__all__ = ["AnchorGenerator", "PriorGenerator"]
+__all__ = ["AnchorGenerator", "PointGenerator", "PriorGenerator"]
 
 AnchorStyle = Literal["exact", "mmdet0", "torchvision"]
+PointStyle = Literal["half", "torchvision"]
 
 
 @runtime_checkable
@@ -106,19 +107,76 @@ class AnchorGenerator(nn.Module):
         boxes, cells = [], []
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             cell = self.get_buffer(f"cell{level}")
-            height, width = feature.shape[-2:]
-            step_y, step_x = stride, stride
-            if self.style == "torchvision":
-                step_y, step_x = image_size[0] // height, image_size[1] // width
-            y, x = torch.meshgrid(
-                torch.arange(height, device=cell.device, dtype=cell.dtype) * step_y,
-                torch.arange(width, device=cell.device, dtype=cell.dtype) * step_x,
-                indexing="ij",
-            )
-            begin = torch.stack([x, y], dim=-1).view(-1, 1, 2)  # cells, 1, 2
+            begin = _cells_of(feature, stride, image_size if self.style == "torchvision" else None)[:, None]
             boxes.append((begin.repeat(1, 1, 2) + cell).view(-1, 4))  # y x prior, 4
             cells.append(begin.expand(-1, self.num_priors, -1).reshape(-1, 2))
         return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells))
+
+
+class PointGenerator(nn.Module):
+    """FCOS's points: one a cell, as a square of side = stride around it.
+
+    ============= ============================== =================================================
+    style         point of cell (x, y)           remark
+    ============= ============================== =================================================
+    half          x stride + floor(stride / 2)   FCOS's released code
+    torchvision   x (image size // map size)     half a stride further up and to the left
+    ============= ============================== =================================================
+
+    Args:
+        strides: pixels between cells, one a level.
+        style: one of the conventions above.
+
+    Raises:
+        ValueError: if there is no stride, one is not positive, or ``style`` is unknown.
+
+    Example:
+        >>> points = PointGenerator([8, 16])([torch.zeros(1, 4, 1, 2), torch.zeros(1, 4, 1, 1)], (8, 16))
+        >>> points.boxes[0].tolist()  # around (4, 4), (12, 4) and (8, 8)
+        [[0.0, 0.0, 8.0, 8.0], [8.0, 0.0, 16.0, 8.0], [0.0, 0.0, 16.0, 16.0]]
+
+    Reference: Tian et al., FCOS, ICCV 2019, section 3.1. arXiv:1904.01355
+    """
+
+    num_priors = 1
+
+    def __init__(self, strides: Sequence[int] = (8, 16, 32, 64, 128), *, style: PointStyle = "half") -> None:
+        super().__init__()
+        if not len(strides) or min(strides) <= 0:
+            raise ValueError(f"PointGenerator: strides must be positive numbers; got {strides}.")
+        if style not in ("half", "torchvision"):
+            raise ValueError(f'PointGenerator: style must be "half" or "torchvision"; got {style!r}.')
+        self.strides, self.style = tuple(strides), style
+
+    def forward(self, features: Sequence[Tensor], image_size: tuple[int, int]) -> Priors:
+        """Points of every map as squares, (1, N, 4) in pixels.
+
+        Raises:
+            ValueError: if there are not as many maps as strides.
+        """
+        if len(features) != len(self.strides):
+            raise ValueError(
+                f"PointGenerator: features must be {len(self.strides)} maps, one a stride; got {len(features)}."
+            )
+        boxes, cells = [], []
+        for feature, stride in zip(features, self.strides, strict=True):
+            begin = _cells_of(feature, stride, image_size if self.style == "torchvision" else None)
+            point = begin + (stride // 2 if self.style == "half" else 0)
+            boxes.append(torch.cat([point - stride / 2, point + stride / 2], dim=-1))
+            cells.append(begin)
+        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells))
+
+
+def _cells_of(feature: Tensor, stride: int, image_size: tuple[int, int] | None) -> Float[Tensor, "cells 2"]:
+    """(x, y) in pixels where each cell of a map begins; torchvision works its step out from the sizes."""
+    height, width = feature.shape[-2:]
+    step_y, step_x = (stride, stride) if image_size is None else (image_size[0] // height, image_size[1] // width)
+    y, x = torch.meshgrid(
+        torch.arange(height, device=feature.device, dtype=torch.float32) * step_y,
+        torch.arange(width, device=feature.device, dtype=torch.float32) * step_x,
+        indexing="ij",
+    )
+    return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
 def _around_zero(sides: Sequence[float], ratios: Sequence[float]) -> Float[Tensor, "n 4"]:

@@ -21,6 +21,7 @@ __all__ = [
     "Predictions",
     "Priors",
     "Targets",
+    "joint_total",
     "pad_targets",
     "to_dicts",
 ]
@@ -140,16 +141,25 @@ class Assignment:
 
     @property
     def num_positive(self) -> Float[Tensor, ""]:
-        """Positives in the batch, at least 1: the losses' normaliser. Stays on the device.
+        """Positives in the batch, at least 1: the losses' normaliser, see :func:`joint_total`."""
+        return joint_total(self.positive.sum().float(), least=1.0)
 
-        Under data parallelism it is the joint number, at least 1, shared out over the workers, so
-        that averaged gradients equal those of one worker with the joint batch.
-        """
-        count = self.positive.sum().float()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(count)
-            return count.clamp(min=1) / dist.get_world_size()
-        return count.clamp(min=1)
+
+def joint_total(total: Float[Tensor, ""], *, least: float) -> Float[Tensor, ""]:
+    """What a sum over the batch is divided by: ``total``, at least ``least``. Stays on the device.
+
+    Under data parallelism it is the joint total, at least ``least``, shared out over the workers, so
+    that averaged gradients equal those of one worker with the joint batch.
+
+    Example:
+        >>> joint_total(torch.tensor(0.0), least=1.0)
+        tensor(1.)
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        total = total.clone()
+        dist.all_reduce(total)
+        return total.clamp(min=least) / dist.get_world_size()
+    return total.clamp(min=least)
 
 
 @dataclass(frozen=True)

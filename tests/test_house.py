@@ -60,6 +60,7 @@ MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60
 # path, or path::function -> why it may be longer. An entry that is no longer needed fails.
 LONG: dict[str, str] = {
+    "detcore/models/fcos.py::fcos": "names every option and every part on a line of its own",
     "detcore/models/retinanet.py::retinanet": "names every option and every part on a line of its own",
 }
 

@@ -222,8 +222,8 @@ def test_overfits_two_pictures(name):
     detector = small(name, backbone=TinyTrunk((8, 16, 32, 32, 32)), channels=32, depth=1)
     images, targets = two_pictures()
     optimizer = torch.optim.AdamW(detector.parameters(), 4e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=60)
-    for _ in range(60):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=ZOO[name].steps)
+    for _ in range(ZOO[name].steps):
         optimizer.zero_grad()
         sum(detector.loss(images, targets).values()).backward()
         nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
@@ -330,7 +330,7 @@ def test_initial_losses_are_sane(name):
         expected = expected + entries * sigmoid_focal_loss(o, torch.tensor(False)) / match.num_positive
         assert_close(losses["cls"], expected, rtol=0.1, atol=0)
     for term in losses.keys() & ZOO[name].extras.keys():  # q = 1/2: ln 2 whatever the target
-        assert_close(losses[term].item(), math.log(2), rtol=0.02, atol=0)
+        assert_close(losses[term].item(), math.log(2), rtol=0.1, atol=0)
 
 
 # --- get_model

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from detcore.assigners import centerness_target
 from detcore.models import get_model
 from detcore.structures import Assignment, Predictions
 
@@ -28,6 +29,7 @@ class Row:
         small: options that suit pictures of 64 to 128 pixels.
         selects: its ways to choose candidates: options, and what each waits for.
         focal: whether ``cls`` is the focal loss, which starts where every class is answered 0.01.
+        steps: of training until two pictures are known by heart.
         normalisers: what a term is divided by where that is not the number of positives.
     """
 
@@ -39,14 +41,31 @@ class Row:
     small: Mapping[str, float] = field(default_factory=lambda: {"anchor_base": 2.0})
     selects: tuple[tuple[dict[str, str], dict[str, int]], ...] = (BY_PRIOR, BY_PAIR)
     focal: bool = True
+    steps: int = 60
     normalisers: Mapping[str, Callable[[Predictions, Assignment], Tensor]] = field(default_factory=dict)
 
+
+def sum_of_centerness(pred: Predictions, match: Assignment) -> Tensor:
+    return centerness_target(pred.priors.boxes, match.boxes)[match.positive].sum()
+
+
+POINTS = {
+    "per_cell": 1,
+    "small": {"range_base": 4.0},
+    "selects": (({}, BY_PAIR[1]),),
+    "normalisers": {"box": sum_of_centerness},
+}
 
 ZOO = {
     "retinanet": Row({"cls", "box"}, 912_975),
     "iou_aware_retinanet": Row({"cls", "box", "iou"}, 918_168, {"iou": 1}, "iou"),
     "retinanet_conf": Row({"cls", "box", "confidence"}, 918_168, {"confidence": 1}, "confidence"),
     "retinanet_gfl": Row({"cls", "box"}, 912_975, focal=False),
+    "fcos": Row({"cls", "box", "centerness"}, 844_893, {"centerness": 1}, "centerness", steps=150, **POINTS),
+    "fcos_improved": Row({"cls", "box", "centerness"}, 844_893, {"centerness": 1}, "centerness", **POINTS),
+    "iou_aware_fcos": Row(
+        {"cls", "box", "centerness", "iou"}, 845_470, {"centerness": 1, "iou": 1}, "iou", steps=150, **POINTS
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from detcore.boxes import giou, iou
+from detcore.boxes import area, giou, iou
 
 __all__ = [
     "QualityLoss",
@@ -159,17 +159,34 @@ def iou_loss(boxes: Float[Tensor, "*#n 4"], targets: Float[Tensor, "*#n 4"]) -> 
 
 
 def log_iou_loss(
-    boxes: Float[Tensor, "*#n 4"], targets: Float[Tensor, "*#n 4"], *, eps: float = 1e-6
+    boxes: Float[Tensor, "*#n 4"], targets: Float[Tensor, "*#n 4"], *, eps: float = 1e-6, added: float = 0.0
 ) -> Float[Tensor, "*#n"]:
     """-ln IoU, from 0 upwards; IoU is floored at ``eps`` so that boxes apart stay finite.
 
+    Args:
+        boxes: predicted corners in pixels.
+        targets: wanted corners.
+        eps: floor of the overlap, > 0; below it there is no gradient.
+        added: to intersection and union, in square pixels, >= 0; 1 in FCOS's released code.
+
+    Raises:
+        ValueError: if ``added`` is negative.
+
     Example:
-        >>> log_iou_loss(torch.tensor([0.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 2.0, 1.0]))
-        tensor(0.6931)
+        >>> one, half = torch.tensor([0.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 2.0, 1.0])
+        >>> log_iou_loss(one, half), log_iou_loss(one, half, added=1.0)  # ln 4/2, ln 5/3
+        (tensor(0.6931), tensor(0.5108))
 
     Reference: Yu et al., UnitBox, ACM MM 2016, Eq. (1). arXiv:1608.01471
     """
-    return -iou(boxes, targets).clamp(min=eps).log()
+    if added < 0:
+        raise ValueError(f"log_iou_loss: added must be >= 0; got {added}.")
+    overlap = iou(boxes, targets)
+    if added:
+        both = area(boxes) + area(targets)  # intersection + union
+        union = both / (1 + overlap)
+        overlap = (both - union + added) / (union + added)
+    return -overlap.clamp(min=eps).log()
 
 
 def giou_loss(boxes: Float[Tensor, "*#n 4"], targets: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*#n"]:

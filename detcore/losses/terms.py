@@ -2,7 +2,8 @@
 
 Masking and normalisation live here and nowhere else. A term is masked with ``torch.where``, not by
 indexing: shapes stay static, so a step is one compiled graph that never waits for the device.
-Every term divides by the positives of the whole batch (:attr:`Assignment.num_positive`).
+Every term divides by the positives of the whole batch (:attr:`Assignment.num_positive`), but for
+:func:`centerness_box_term`, which divides by the sum of its weights.
 """
 
 from collections.abc import Callable
@@ -11,19 +12,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from detcore.assigners import centerness_target
 from detcore.boxes import giou, iou
 from detcore.coders import BoxCoder
 from detcore.losses.functional import (
     QualityLoss,
+    log_iou_loss,
     quality_focal_loss,
     quality_loss,
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
 from detcore.losses.weighting import PriorWeight, weigh_positives
-from detcore.structures import Assignment, Predictions
+from detcore.structures import Assignment, Predictions, joint_total
 
-__all__ = ["LossTerm", "box_delta_term", "box_iou_term", "focal_term", "iou_quality_term", "quality_focal_term"]
+__all__ = [
+    "LossTerm",
+    "box_delta_term",
+    "box_iou_term",
+    "box_loss_term",
+    "centerness_box_term",
+    "centerness_term",
+    "focal_term",
+    "iou_quality_term",
+    "quality_focal_term",
+]
 
 LossTerm = Callable[[Predictions, Assignment], Tensor]
 """What a detector accepts in ``losses``: any callable of this shape."""
@@ -150,6 +163,85 @@ def box_iou_term(
         >>> term = partial(box_iou_term, measure=diou)
     """
     return _mean_over_positives(1 - measure(pred.boxes, match.boxes), match, weight)
+
+
+def box_loss_term(
+    pred: Predictions,
+    match: Assignment,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = log_iou_loss,
+    weight: PriorWeight | None = None,
+) -> Float[Tensor, ""]:
+    """A loss of decoded and wanted boxes, per positive prior.
+
+    Args:
+        pred: decoded boxes are used.
+        match: objects of the same priors.
+        loss: one value a pair of boxes, such as :func:`~detcore.losses.functional.log_iou_loss`.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> get_model("fcos", num_classes=20, backbone="tiny", centerness=None).losses["box"][1].func.__name__
+        'box_loss_term'
+    """
+    return _mean_over_positives(loss(pred.boxes, match.boxes), match, weight)
+
+
+def centerness_box_term(
+    pred: Predictions,
+    match: Assignment,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = log_iou_loss,
+    weight: PriorWeight | None = None,
+) -> Float[Tensor, ""]:
+    r"""A loss of decoded and wanted boxes, its mean weighted by how central each point is.
+
+    .. math:: \frac{\sum_{i \in pos} c_i\, \ell(b_i, \hat b_i)}{\sum_{i \in pos} c_i}
+
+    Args:
+        pred: decoded boxes are used.
+        match: objects of the same priors; :math:`c` is :func:`~detcore.assigners.centerness_target`.
+        loss: as in :func:`box_loss_term`.
+        weight: as there; a further factor above, not below.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> get_model("fcos", num_classes=20, backbone="tiny").losses["box"][1].func.__name__
+        'centerness_box_term'
+
+    Reference: Tian et al., FCOS, ICCV 2019 (released code; its Eq. (2) has no weights).
+    """
+    central = torch.where(match.positive, centerness_target(pred.priors.boxes, match.boxes), 0.0)
+    each = central * torch.where(match.positive, loss(pred.boxes, match.boxes), 0.0)
+    return weigh_positives(each, match, weight).sum() / joint_total(central.sum(), least=1e-6)
+
+
+def centerness_term(
+    pred: Predictions, match: Assignment, *, name: str = "centerness", weight: PriorWeight | None = None
+) -> Float[Tensor, ""]:
+    """Cross-entropy between predicted and true centre-ness, per positive prior.
+
+    Args:
+        pred: ``pred.extras[name]`` holds the logits, (B, N, 1).
+        match: objects of the same priors.
+        name: which extra map.
+        weight: of positives, see :mod:`detcore.losses.weighting`.
+
+    Raises:
+        KeyError: if the head has no such map.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> list(get_model("fcos", num_classes=20, backbone="tiny").losses)
+        ['cls', 'box', 'centerness']
+
+    Reference: Tian et al., FCOS, ICCV 2019, section 3.3. arXiv:1904.01355
+    """
+    if name not in pred.extras:
+        raise KeyError(f"centerness_term: the head must have the extra map {name!r}; it has {sorted(pred.extras)}.")
+    target = centerness_target(pred.priors.boxes, match.boxes)
+    return _mean_over_positives(quality_loss(pred.extras[name][..., 0], target), match, weight)
 
 
 def iou_quality_term(

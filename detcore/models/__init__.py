@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models import gfl, iou_aware, retinanet, retinanet_conf
+from detcore.models import fcos, gfl, iou_aware, retinanet, retinanet_conf
 
 __all__ = ["MODELS", "get_model", "list_models"]
 
@@ -16,8 +16,20 @@ MODELS: dict[str, Callable[..., DenseDetector]] = {
     "iou_aware_retinanet": iou_aware.iou_aware_retinanet,
     "retinanet_conf": retinanet_conf.retinanet_conf,
     "retinanet_gfl": gfl.retinanet_gfl,
+    "fcos": fcos.fcos,
+    "fcos_improved": fcos.fcos_improved,
+    "iou_aware_fcos": iou_aware.iou_aware_fcos,
 }
 """Name to factory."""
+
+_PASSES_ON_TO: dict[str, Callable[..., DenseDetector]] = {
+    "iou_aware_retinanet": retinanet.retinanet,
+    "retinanet_conf": retinanet.retinanet,
+    "retinanet_gfl": retinanet.retinanet,
+    "fcos_improved": fcos.fcos,
+    "iou_aware_fcos": fcos.fcos,
+}
+"""Name to the factory that its ``**options`` go to."""
 
 
 def list_models() -> list[str]:
@@ -62,8 +74,8 @@ def get_model(
         raise KeyError(f"get_model: name must be one of {list_models()}; got {name!r}.")
     factory = MODELS[name]
     known = set(inspect.signature(factory).parameters)
-    if "options" in known:  # this factory passes the rest on to RetinaNet's
-        known |= set(inspect.signature(retinanet.retinanet).parameters)
+    if name in _PASSES_ON_TO:
+        known |= set(inspect.signature(_PASSES_ON_TO[name]).parameters)
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"get_model: {name} has no option {', '.join(unknown)}; it has {sorted(known - {'options'})}.")

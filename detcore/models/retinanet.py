@@ -21,6 +21,7 @@ from detcore.coders import DeltaCoder
 from detcore.detector import DenseDetector
 from detcore.losses.functional import sigmoid_focal_loss
 from detcore.losses.terms import box_delta_term, box_iou_term, focal_term
+from detcore.models import _torchvision
 from detcore.nn import FPN, DenseHead, ImageInput, build_trunk
 from detcore.postprocess import select_by_pair, select_by_prior
 from detcore.priors import AnchorGenerator, AnchorStyle
@@ -151,14 +152,18 @@ def retinanet(
     return detector
 
 
-def rehearse(detector: DenseDetector) -> None:
+def rehearse(detector: DenseDetector, *, levels: int = 1) -> None:
     """Match and select on nothing, so that a wrong option is refused now, not at the first batch or validation.
+
+    Args:
+        detector: its ``assign`` and ``select`` are tried.
+        levels: of the priors, where ``assign`` counts them.
 
     Example:
         >>> rehearse(retinanet(num_classes=3, backbone="tiny"))
     """
-    nothing = torch.zeros(1, 1, 4, device="cpu")  # also where models are built on the meta device
-    priors, nobody = Priors(nothing, (1,)), torch.full((1, 1), BACKGROUND, device="cpu")
+    nothing = torch.zeros(1, levels, 4, device="cpu")  # also where models are built on the meta device
+    priors, nobody = Priors(nothing, (1,) * levels), torch.full((1, levels), BACKGROUND, device="cpu")
     detector.assign(priors, Targets(nothing, nobody, nobody >= 0))
     scores = Scores(nothing[..., :1], nothing[..., :1], nothing[..., 0])
     sizes = torch.ones(1, 2, dtype=torch.int64, device="cpu")
@@ -190,8 +195,8 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
     door = model.transform
     ours = retinanet(
         num_classes=model.head.classification_head.num_classes,
-        backbone=_trunk_name(model),
-        norm="batch" if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else "fixed",
+        backbone=_torchvision.trunk_name(model),
+        norm=_torchvision.trunk_norm(model),
         p6="p5",
         relu_before_p7=True,
         anchor_style="torchvision",
@@ -207,34 +212,7 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
         short_side=door.min_size[-1],
         long_side=door.max_size,
     )
-    ours.inputs = ImageInput(
-        door.image_mean,
-        door.image_std,
-        divisor=door.size_divisible,
-        short_side=door.min_size[-1],
-        long_side=door.max_size,
-    )
-    wanted = ours.state_dict()
-    weights = _renamed(model.state_dict(), set(wanted))
-    if {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in wanted.items()}:
-        raise ValueError(f"{_VERSION_1} this one has another trunk or pyramid.")
-    ours.load_state_dict(weights)
-    for mine, theirs in zip(_norms(ours), _norms(model), strict=True):
-        mine.eps = theirs.eps  # torchvision's COCO weights were trained with eps 0
-    return ours.to(next(model.parameters()).device).train(model.training)
-
-
-def _norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "running_mean")]
-
-
-def _trunk_name(model: TorchvisionRetinaNet) -> str:
-    body = model.backbone.body
-    names = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101"}
-    blocks = tuple(len(body[f"layer{i}"]) if f"layer{i}" in body else 0 for i in (1, 2, 3, 4))
-    if blocks not in names:
-        raise ValueError(f"from_torchvision: model must have a ResNet 18, 34, 50 or 101; got blocks {blocks}.")
-    return "resnet50" if blocks == (3, 4, 6, 3) and hasattr(body["layer1"][0], "conv3") else names[blocks]
+    return _torchvision.take_over(ours, model, _TO_OURS, _VERSION_1)
 
 
 _VERSION_1 = "from_torchvision: model must be retinanet_resnet50_fpn (version 1);"
@@ -253,29 +231,8 @@ def _check_torchvision(model: TorchvisionRetinaNet) -> None:
 
 
 _TO_OURS = {
-    "backbone.body.conv1.": "body.0.stem.0.",
-    "backbone.body.bn1.": "body.0.stem.1.",
-    "backbone.body.": "body.0.",
-    "backbone.fpn.inner_blocks.": "body.1.laterals.",
-    "backbone.fpn.layer_blocks.": "body.1.outputs.",
-    "backbone.fpn.extra_blocks.": "body.1.",
     "head.classification_head.cls_logits.": "head.outputs.logits.",
     "head.regression_head.bbox_reg.": "head.outputs.deltas.",
     "head.classification_head.conv.": "head.class_tower.",
     "head.regression_head.conv.": "head.box_tower.",
 }
-
-
-def _renamed(state: Mapping[str, torch.Tensor], wanted: set[str]) -> dict[str, torch.Tensor]:
-    """Their names to ours; torchvision pairs (conv, ReLU) in one block, we have both in a row."""
-    renamed = {}
-    for name, value in state.items():
-        theirs = next(prefix for prefix in _TO_OURS if name.startswith(prefix))
-        rest = name.removeprefix(theirs).split(".")
-        if theirs.startswith("backbone.fpn.") and rest[0].isdigit():
-            rest = [rest[0], *rest[2:]]  # blocks.0.0.weight: convolution inside a block
-        if theirs.endswith("_head.conv."):
-            rest = [str(2 * int(rest[0])), *rest[2:]]
-        renamed[_TO_OURS[theirs] + ".".join(rest)] = value
-    counters = {name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")}
-    return {**counters, **renamed}

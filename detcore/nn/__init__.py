@@ -3,7 +3,17 @@
 from detcore.nn.backbones import ResNetTrunk, TinyTrunk, build_trunk
 from detcore.nn.heads import DenseHead
 from detcore.nn.inputs import ImageInput
-from detcore.nn.layers import FixedBatchNorm2d
+from detcore.nn.layers import Exp, FixedBatchNorm2d, Scale
 from detcore.nn.necks import FPN
 
-__all__ = ["FPN", "DenseHead", "FixedBatchNorm2d", "ImageInput", "ResNetTrunk", "TinyTrunk", "build_trunk"]
+__all__ = [
+    "FPN",
+    "DenseHead",
+    "Exp",
+    "FixedBatchNorm2d",
+    "ImageInput",
+    "ResNetTrunk",
+    "Scale",
+    "TinyTrunk",
+    "build_trunk",
+]

@@ -1,6 +1,6 @@
 """Heads: a pyramid of maps and its priors to predictions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -18,7 +18,7 @@ _NOTHING: Mapping[str, int] = MappingProxyType({})
 class DenseHead(nn.Module):
     """Two towers shared by all levels; classes from one, boxes from the other.
 
-    Each tower is ``depth`` times (3x3 convolution, ReLU), without normalisation; each output is
+    Each tower is ``depth`` times (3x3 convolution, normalisation if any, ReLU); each output is
     one more 3x3 convolution. Channel = prior of the cell * n + component.
 
     Args:
@@ -27,6 +27,8 @@ class DenseHead(nn.Module):
         num_classes: logits a prior (C for sigmoid).
         coder: reads deltas back as boxes.
         depth: convolutions a tower, >= 0.
+        norm: makes the normalisation of so many channels; RetinaNet has none, FCOS group norm.
+        on_deltas: what each level's deltas go through, one module a level; none: nothing.
         class_extras: further outputs on the class tower's last feature: name to components a prior.
         box_extras: the same on the box tower.
         prior_probability: what the class sigmoid answers before training.
@@ -51,6 +53,8 @@ class DenseHead(nn.Module):
         coder: BoxCoder,
         *,
         depth: int = 4,
+        norm: Callable[[int], nn.Module] | None = None,
+        on_deltas: Sequence[nn.Module] = (),
         class_extras: Mapping[str, int] = _NOTHING,
         box_extras: Mapping[str, int] = _NOTHING,
         prior_probability: float = 0.01,
@@ -62,7 +66,8 @@ class DenseHead(nn.Module):
         if len(set(names)) != len(names):
             raise ValueError(f'DenseHead: extras must have names of their own, not "logits" or "deltas"; got {names}.')
         self.coder, self.num_priors = coder, num_priors
-        self.class_tower, self.box_tower = _tower(in_channels, depth), _tower(in_channels, depth)
+        self.class_tower, self.box_tower = _tower(in_channels, depth, norm), _tower(in_channels, depth, norm)
+        self.on_deltas = nn.ModuleList(on_deltas)
         self.on_class_tower = ("logits", *class_extras)
         sizes = {"logits": num_classes, **class_extras, "deltas": 4, **box_extras}
         self.outputs = nn.ModuleDict(
@@ -71,12 +76,21 @@ class DenseHead(nn.Module):
         nn.init.constant_(self.outputs["logits"].bias, prior_probability_bias(prior_probability))
 
     def forward(self, features: Sequence[Tensor], priors: Priors) -> Predictions:
-        """Predictions of every prior, levels joined."""
+        """Predictions of every prior, levels joined.
+
+        Raises:
+            ValueError: if there are not as many maps as modules on the deltas.
+        """
+        if self.on_deltas and len(features) != len(self.on_deltas):
+            raise ValueError(f"DenseHead: features must be {len(self.on_deltas)} maps; got {len(features)}.")
         maps: dict[str, list[Tensor]] = {name: [] for name in self.outputs}
-        for feature in features:
+        for level, feature in enumerate(features):
             on_class, on_box = self.class_tower(feature), self.box_tower(feature)
             for name, conv in self.outputs.items():
-                maps[name].append(self._flatten(conv(on_class if name in self.on_class_tower else on_box)))
+                grid = conv(on_class if name in self.on_class_tower else on_box)
+                if name == "deltas" and self.on_deltas:
+                    grid = self.on_deltas[level](grid)
+                maps[name].append(self._flatten(grid))
         joined = {name: torch.cat(levels, dim=1) for name, levels in maps.items()}  # B N n
         logits, deltas = joined.pop("logits"), joined.pop("deltas")
         boxes = self.coder.decode(deltas, priors.boxes.expand(len(deltas), -1, -1))
@@ -89,8 +103,11 @@ class DenseHead(nn.Module):
         return grid.permute(0, 3, 4, 1, 2).reshape(batch, height * width * self.num_priors, n)
 
 
-def _tower(channels: int, depth: int) -> nn.Sequential:
+def _tower(channels: int, depth: int, norm: Callable[[int], nn.Module] | None) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [init_conv(nn.Conv2d(channels, channels, 3, padding=1)), nn.ReLU()]
+        layers.append(init_conv(nn.Conv2d(channels, channels, 3, padding=1)))
+        if norm is not None:
+            layers.append(norm(channels))
+        layers.append(nn.ReLU())
     return nn.Sequential(*layers)

@@ -2,9 +2,10 @@
 
 import math
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["FixedBatchNorm2d", "init_conv", "prior_probability_bias"]
+__all__ = ["Exp", "FixedBatchNorm2d", "Scale", "init_conv", "prior_probability_bias"]
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -24,6 +25,40 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> "FixedBatchNorm2d":
         """Stay in evaluation mode whatever is asked."""
         return super().train(False)
+
+
+class Scale(nn.Module):
+    """A number to learn, times the input.
+
+    One a level lets a head whose weights all levels share answer in another unit on each.
+
+    Example:
+        >>> Scale(2.0)(torch.ones(2)).tolist()
+        [2.0, 2.0]
+
+    Reference: Tian et al., FCOS, ICCV 2019, section 3.2. arXiv:1904.01355
+    """
+
+    def __init__(self, initial: float = 1.0) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input times the number."""
+        return x * self.factor
+
+
+class Exp(nn.Module):
+    """The exponential, in float32 or wider: in bfloat16 a distance of 300 would move in steps of 2.
+
+    Example:
+        >>> Exp()(torch.zeros(1, dtype=torch.bfloat16))
+        tensor([1.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The exponential of the input."""
+        return x.to(torch.promote_types(x.dtype, torch.float32)).exp()
 
 
 def init_conv(conv: nn.Conv2d, *, std: float = 0.01, bias: float = 0.0) -> nn.Conv2d:
