@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detcore.evaluation.coco import CocoCurves, CocoEvaluator, pycocotools_curves, threshold_grid
+from detcore.evaluation.coco import AREA_RANGES, CocoCurves, CocoEvaluator, pycocotools_curves, threshold_grid
 from tests.pictures import pictures
 
 
@@ -209,6 +209,13 @@ def test_inputs_are_left_as_they_were():
             np.testing.assert_array_equal(mine[key], values)
 
 
+def test_without_sizes_the_other_numbers_stay():
+    whole, less = numbers(*pictures(), num_classes=3), numbers(*pictures(), num_classes=3, by_size=False)
+    assert less == {name: value for name, value in whole.items() if "_" not in name}
+    assert "AP75" in less
+    assert "AR100" in less
+
+
 def test_another_engine_takes_the_place_of_pycocotools():
     asked = {}
 
@@ -222,7 +229,8 @@ def test_another_engine_takes_the_place_of_pycocotools():
     ours = numbers(*pictures(), num_classes=3, iou_thresholds=[0.5, 0.75], engine=engine)
     assert (ours["AP"], ours["AP75"], ours["AR_small"]) == (0.25, 0.25, 0.75)
     assert asked == {
-        "num_classes": 3, "iou_thresholds": (0.5, 0.75), "limits": [1, 10, 100], "boxes": 378, "objects": 42,
+        "num_classes": 3, "iou_thresholds": (0.5, 0.75), "limits": [1, 10, 100], "area_ranges": AREA_RANGES,
+        "boxes": 378, "objects": 42,
     }  # fmt: skip
     assert numbers(*pictures(), num_classes=3) == numbers(*pictures(), num_classes=3, engine=pycocotools_curves)
 

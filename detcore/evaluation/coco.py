@@ -64,7 +64,7 @@ class CocoCurves:
 
 
 CurveEngine = Callable[..., CocoCurves]
-"""``(PooledDetections, PooledTargets, *, num_classes, iou_thresholds, limits) -> CocoCurves``."""
+"""``(PooledDetections, PooledTargets, *, num_classes, iou_thresholds, limits, area_ranges) -> CocoCurves``."""
 
 
 def threshold_grid(start: float = 0.5, stop: float = 0.95, step: float = 0.05) -> tuple[float, ...]:
@@ -99,6 +99,7 @@ def pycocotools_curves(
     num_classes: int,
     iou_thresholds: Sequence[float],
     limits: Sequence[int],
+    area_ranges: Mapping[str, tuple[float, float]] = AREA_RANGES,
 ) -> CocoCurves:
     """Precision and recall of the official implementation, from arrays.
 
@@ -112,6 +113,7 @@ def pycocotools_curves(
         num_classes: C; labels are 0..C-1.
         iou_thresholds: least IoU of a match, ascending.
         limits: numbers of detections an image and class, ascending; the best by score stay.
+        area_ranges: bounds of an object's area by name, A of them.
 
     Example:
         >>> dog = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
@@ -129,8 +131,8 @@ def pycocotools_curves(
     engine.params.catIds = list(range(num_classes))
     engine.params.iouThrs = np.asarray(iou_thresholds, dtype=np.float64)
     engine.params.maxDets = list(limits)
-    engine.params.areaRng = [list(bounds) for bounds in AREA_RANGES.values()]
-    engine.params.areaRngLbl = list(AREA_RANGES)
+    engine.params.areaRng = [list(bounds) for bounds in area_ranges.values()]
+    engine.params.areaRngLbl = list(area_ranges)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         engine.evaluate()
         engine.accumulate()
@@ -175,6 +177,7 @@ class CocoEvaluator:
             COCO's 0.5, 0.55, ..., 0.95. See :func:`threshold_grid`.
         max_detections: number of detections an image **and class** that count, >= 1: COCO's rule, though
             its name suggests a limit an image.
+        by_size: false leaves out the numbers by object size, which take most of the time.
         engine: what turns arrays into curves.
 
     Raises:
@@ -196,6 +199,7 @@ class CocoEvaluator:
         *,
         iou_thresholds: float | Sequence[float] | None = None,
         max_detections: int = 100,
+        by_size: bool = True,
         engine: CurveEngine = pycocotools_curves,
     ):
         self.num_classes = check_num_classes(num_classes, caller="CocoEvaluator")
@@ -206,6 +210,7 @@ class CocoEvaluator:
             raise ValueError(f"CocoEvaluator: max_detections must be >= 1; got {max_detections}.")
         self.max_detections = max_detections
         self.limits = sorted({limit for limit in (1, 10) if limit < max_detections} | {max_detections})
+        self.area_ranges = AREA_RANGES if by_size else {"all": AREA_RANGES["all"]}
         self.engine = engine
         self.reset()
 
@@ -251,6 +256,7 @@ class CocoEvaluator:
                 num_classes=self.num_classes,
                 iou_thresholds=self.iou_thresholds,
                 limits=self.limits,
+                area_ranges=self.area_ranges,
             )
         return self._curves
 
@@ -268,7 +274,7 @@ class CocoEvaluator:
             ValueError: if there is no image yet.
         """
         curves = self.curves()
-        sizes = list(AREA_RANGES)[1:]
+        sizes = list(self.area_ranges)[1:]
         result = {"AP": mean_present(curves.precision[:, :, :, 0, -1])}
         for i, threshold in enumerate(self.iou_thresholds):
             result[f"AP{100 * threshold:g}"] = mean_present(curves.precision[i, :, :, 0, -1])
