@@ -26,8 +26,9 @@ from detcore.structures import Predictions, Priors, to_dicts
 
 __all__ = ["StoredOutputs", "load_outputs", "prune", "save_outputs"]
 
-_LOGIT_RANGE = 16.0  # logits are stored in steps of 1/2048 in [-16, 16)
 _STEPS = 1 << 16
+_LOGIT_RANGE = 32.0  # logits are stored in steps of 1/1024 in [-32, 32)
+_PER_PIXEL = 128  # boxes in 1/128 of a pixel, coarser in pictures of 512 pixels and more
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def prune(pred: Predictions, floor: float) -> Predictions:
 
 
 def save_outputs(path: str | Path, outputs: StoredOutputs) -> None:
-    """Write a file: boxes in fractions of a pixel, logits in steps of 1/2048, pairs left out not at all.
+    """Write a file: boxes in 1/128 of a pixel, logits in steps of 1/1024, left-out pairs not at all.
 
     Boxes are clipped to their picture, as selections do anyway. Deltas and the priors' own boxes are not
     kept: a file is for scoring, not for training. The name appears when the file is whole.
@@ -120,7 +121,7 @@ def save_outputs(path: str | Path, outputs: StoredOutputs) -> None:
         outputs: what :func:`prune` left; every map of ``pred.extras`` has one number a prior.
 
     Raises:
-        ValueError: if a map has several numbers a prior, or a logit is outside [-16, 16).
+        ValueError: if a map has several numbers a prior, or a logit is outside [-32, 32).
 
     Example:
         >>> import tempfile
@@ -136,7 +137,8 @@ def save_outputs(path: str | Path, outputs: StoredOutputs) -> None:
     pred = outputs.pred
     used = pred.logits.isfinite().any(dim=-1)
     counts = np.stack([level.sum(dim=1).numpy() for level in used.split(pred.priors.counts, dim=1)], axis=1)
-    per_pixel = 1 << int(math.log2((_STEPS - 1) / int(outputs.sizes.max())))
+    per_pixel = min(_PER_PIXEL, (_STEPS - 1) // int(outputs.sizes.max()))
+    boxes = (clip_boxes(pred.boxes, outputs.sizes)[used].double() * per_pixel).round()
     logits = pred.logits[used]
     prior, label = logits.isfinite().nonzero(as_tuple=True)
     targets = [_target(target) for target in outputs.targets]
@@ -146,7 +148,7 @@ def save_outputs(path: str | Path, outputs: StoredOutputs) -> None:
         "num_classes": np.array(logits.shape[1]),
         "per_pixel": np.array(per_pixel),
         "counts": counts.astype(np.uint16),
-        "boxes": (clip_boxes(pred.boxes, outputs.sizes)[used].double() * per_pixel).round().numpy().astype(np.uint16).T,
+        "boxes": _planes(boxes.T.contiguous()),
         "classes": prior.bincount(minlength=len(logits)).numpy().astype(np.uint8),
         "labels": label.numpy().astype(np.uint8),
         "logits": _steps(logits[prior, label], "logits"),
@@ -194,7 +196,7 @@ def load_outputs(file: str | Path | BufferedIOBase) -> StoredOutputs:
     shape = (len(counts), int(widths.sum()))
 
     boxes = np.zeros((*shape, 4), np.float32)
-    boxes[place] = stored["boxes"].T / stored["per_pixel"]
+    boxes[place] = _whole(stored["boxes"]).T / stored["per_pixel"]
     rows = np.full((len(image), int(stored["num_classes"])), -np.inf, np.float32)
     rows[np.repeat(np.arange(len(image)), stored["classes"]), stored["labels"]] = _numbers(stored["logits"])
     logits = np.full((*shape, rows.shape[1]), -np.inf, np.float32)
@@ -235,8 +237,19 @@ def _steps(values: Tensor, name: str) -> np.ndarray:
     whole = ((values.flatten().double() + _LOGIT_RANGE) * (_STEPS / (2 * _LOGIT_RANGE))).round()
     if not ((whole >= 0) & (whole < _STEPS)).all():
         raise ValueError(f"save_outputs: {name} must be in [-{_LOGIT_RANGE:g}, {_LOGIT_RANGE:g}); some are not.")
-    return whole.numpy().astype(np.uint16)
+    return _planes(whole)
 
 
-def _numbers(steps: np.ndarray) -> np.ndarray:
-    return (steps * (2 * _LOGIT_RANGE / _STEPS) - _LOGIT_RANGE).astype(np.float32)
+def _numbers(planes: np.ndarray) -> np.ndarray:
+    return (_whole(planes) * (2 * _LOGIT_RANGE / _STEPS) - _LOGIT_RANGE).astype(np.float32)
+
+
+def _planes(whole: Tensor) -> np.ndarray:
+    """Low bytes and high bytes apart: the high ones repeat and shrink when packed, mixed with the low they do not."""
+    values = whole.numpy().astype(np.uint16)
+    return np.stack([values & 255, values >> 8]).astype(np.uint8)
+
+
+def _whole(planes: np.ndarray) -> np.ndarray:
+    low, high = planes.astype(np.int64)
+    return low + 256 * high
