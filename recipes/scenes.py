@@ -142,7 +142,7 @@ def run_all(
     cached, held_out = CachedDataset(training, progress=False), CachedDataset(test, progress=False)
     for variant, seed in missing:
         print(f"{variant}, seed {seed}", flush=True)
-        model, seconds, losses = _train(recipe, variants[variant], seed, cached)
+        model, seconds, losses = fit(recipe, variants[variant], seed, cached)
         run = {"variant": variant, "seed": seed, "seconds": seconds, "provenance": provenance()}
         run |= measure(Trial(variant, model, held_out)) | {"losses": losses}
         print(f"  AP {run['metrics']['AP']:.4f} in {run['seconds']:.0f} s", flush=True)
@@ -162,7 +162,8 @@ def _read(recipe: Recipe) -> dict[str, Any]:
     return {"settings": recipe.settings(), "runs": []}
 
 
-def _train(recipe: Recipe, options: Mapping[str, Any], seed: int, data: CachedDataset):
+def fit(recipe: Recipe, options: Mapping[str, Any], seed: int, data: CachedDataset):
+    """A detector trained with the recipe's settings, the seconds it took and its losses."""
     torch.manual_seed(seed)
     options = dict(options)
     name = options.pop("name")
