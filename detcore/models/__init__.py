@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models import fcos, gfl, iou_aware, retinanet, retinanet_conf
+from detcore.models import fcos, fcos_association, gfl, iou_aware, retinanet, retinanet_conf
 
 __all__ = ["MODELS", "get_model", "list_models"]
 
@@ -18,6 +18,7 @@ MODELS: dict[str, Callable[..., DenseDetector]] = {
     "retinanet_gfl": gfl.retinanet_gfl,
     "fcos": fcos.fcos,
     "fcos_improved": fcos.fcos_improved,
+    "fcos_association": fcos_association.fcos_association,
     "iou_aware_fcos": iou_aware.iou_aware_fcos,
 }
 """Name to factory."""
@@ -27,6 +28,7 @@ _PASSES_ON_TO: dict[str, Callable[..., DenseDetector]] = {
     "retinanet_conf": retinanet.retinanet,
     "retinanet_gfl": retinanet.retinanet,
     "fcos_improved": fcos.fcos,
+    "fcos_association": fcos.fcos,
     "iou_aware_fcos": fcos.fcos,
 }
 """Name to the factory that its ``**options`` go to."""
