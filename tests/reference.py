@@ -347,3 +347,75 @@ def select(
         scores = [ranking[n][label] for n in own]
         found += [(scores[i], label, own[i], inside[i]) for i in nms(inside, scores, nms_iou)]
     return sorted(found, key=lambda d: -d[0])[:max_detections]
+
+
+# --- FCOS
+
+
+def points(strides, maps):
+    """Squares of side = stride around (x * stride + stride // 2, ...), level by level, row by row."""
+    rows = []
+    for stride, (height, width) in zip(strides, maps, strict=True):
+        for y in range(height):
+            for x in range(width):
+                cx, cy = x * stride + stride // 2, y * stride + stride // 2
+                rows.append([cx - stride / 2, cy - stride / 2, cx + stride / 2, cy + stride / 2])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def sides(prior, box):
+    """Distances (left, top, right, bottom) from the centre of ``prior`` to the sides of ``box``."""
+    x, y = (prior[0] + prior[2]) / 2, (prior[1] + prior[3]) / 2
+    return x - box[0], y - box[1], box[2] - x, box[3] - y
+
+
+def fcos_assign(priors, counts, boxes, labels, *, ranges, radius=None, closed=True):
+    """Label and object of each point of one image, -1 where it has none."""
+    lows = [-math.inf, *ranges[:-1]]
+    found = []
+    for n, prior in enumerate(priors):
+        level = next(i for i in range(len(counts)) if n < sum(counts[: i + 1]))
+        best = -1
+        for j, box in enumerate(boxes):
+            centre = box
+            if radius is not None:
+                x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+                reach = radius * (prior[2] - prior[0])
+                centre = max(x - reach, box[0]), max(y - reach, box[1]), min(x + reach, box[2]), min(y + reach, box[3])
+            far, low, high = max(sides(prior, box)), lows[level], ranges[level]
+            suits = low <= far <= high if closed else low < far < high
+            if min(sides(prior, centre)) > 0 and suits and (best < 0 or area(box) < area(boxes[best])):
+                best = j
+        found.append(best)
+    return [labels[j] if j >= 0 else BACKGROUND for j in found], found
+
+
+def centerness(prior, box):
+    left, top, right, bottom = sides(prior, box)
+    return math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
+
+
+def centerness_of(pred, match, b, n):
+    return centerness(pred.priors.boxes.expand_as(match.boxes)[b, n].tolist(), match.boxes[b, n].tolist())
+
+
+def log_iou(a, b, added=0.0):
+    shared = intersection(a, b)
+    return -math.log((shared + added) / (area(a) + area(b) - shared + added))
+
+
+def box_loss_term(pred, match, loss=log_iou):
+    found, wanted = pred.boxes.tolist(), match.boxes.tolist()
+    return over_positives(match, lambda b, n: loss(found[b][n], wanted[b][n]))
+
+
+def centerness_box_term(pred, match, loss=log_iou):
+    found, wanted = pred.boxes.tolist(), match.boxes.tolist()
+    above = over_positives(match, lambda b, n: centerness_of(pred, match, b, n) * loss(found[b][n], wanted[b][n]))
+    below = over_positives(match, lambda b, n: centerness_of(pred, match, b, n))
+    return above / below if below else 0.0
+
+
+def centerness_term(pred, match):
+    logits = pred.extras["centerness"].tolist()
+    return over_positives(match, lambda b, n: bce(logits[b][n][0], centerness_of(pred, match, b, n)))

@@ -275,6 +275,20 @@ def test_box_losses_of_boxes_far_apart_are_finite(name, distance):
     assert (gradient.abs().sum() > 0) == (name == "giou")
 
 
+def test_adding_one_matters_most_for_small_boxes():
+    # (inter + 1) / (union + 1): 1 of 4 pixels becomes 2/5, 100 of 400 becomes 101/401
+    for side, expected in ((1.0, 2 / 5), (10.0, 101 / 401)):
+        own, object_ = torch.tensor([0.0, 0, side, side]), torch.tensor([0.0, 0, 2 * side, 2 * side])
+        assert_close(losses.log_iou_loss(own, object_, added=1.0).item(), -math.log(expected))
+        assert_close(losses.log_iou_loss(own, object_).item(), math.log(4))
+    a, b = some_boxes(50), some_boxes(50)
+    expected = reference.elementwise(lambda x, y: reference.log_iou(x, y, 1.0), a, b)
+    assert_close(losses.log_iou_loss(a, b, added=1.0), expected, rtol=1e-9, atol=TOLERANCE)
+    assert torch.autograd.gradcheck(lambda x: losses.log_iou_loss(x, b, added=1.0), a.requires_grad_())
+    with pytest.raises(ValueError, match=r"added must be >= 0; got -1.0"):
+        losses.log_iou_loss(own, object_, added=-1.0)
+
+
 # --- all of them
 
 

@@ -9,7 +9,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator as Torchvi
 from torchvision.models.detection.image_list import ImageList
 
 from detcore.boxes import area
-from detcore.priors import AnchorGenerator, PriorGenerator
+from detcore.priors import AnchorGenerator, PointGenerator, PriorGenerator
 from tests import reference
 from tests.samples import FAST, no_hook
 
@@ -144,3 +144,57 @@ def test_anchor_generator_names_what_is_wrong(options, message):
 def test_anchor_generator_wants_a_map_a_stride():
     with pytest.raises(ValueError, match="features must be 5 maps, one a stride; got 2"):
         AnchorGenerator()(features_of([(4, 4), (2, 2)]), (32, 32))
+
+
+# --- points
+
+
+def test_point_generator_equals_its_loop():
+    maps = maps_of(96, 224)
+    priors = PointGenerator()(features_of(maps), (96, 224))
+    assert_close(priors.boxes[0].double(), reference.points(STRIDES, maps), rtol=0, atol=0)
+    assert priors.counts == tuple(h * w for h, w in maps)
+    centre = (priors.boxes[0, :, :2] + priors.boxes[0, :, 2:]) / 2
+    half = torch.tensor([4.0, 8, 16, 32, 64]).repeat_interleave(torch.tensor(priors.counts))
+    assert_close(centre - priors.cells, half[:, None].expand(-1, 2), rtol=0, atol=0)
+
+
+def test_point_of_an_odd_stride_is_rounded_down():
+    boxes = PointGenerator([5])([torch.zeros(1, 1, 1, 2)], (5, 10)).boxes[0]
+    assert_close((boxes[:, :2] + boxes[:, 2:]) / 2, torch.tensor([[2.0, 2.0], [7.0, 2.0]]))
+
+
+@pytest.mark.parametrize("size", [(320, 320), (608, 1024), (96, 224)])
+def test_point_generator_equals_torchvision(size):
+    maps = maps_of(*size)
+    theirs = TorchvisionGenerator(((8,), (16,), (32,), (64,), (128,)), ((1.0,),) * 5)
+    expected = theirs(ImageList(torch.zeros(1, 3, *size), [size]), features_of(maps))[0]
+    found = PointGenerator(style="torchvision")(features_of(maps), size)
+    assert_close(found.boxes[0], expected, rtol=0, atol=0)
+    assert (PointGenerator()(features_of(maps), size).boxes[0] - expected).abs().max() >= 4
+
+
+def test_points_stay_float32_when_the_model_is_narrowed():
+    maps = features_of(maps_of(608, 64))
+    narrowed = PointGenerator().bfloat16()([f.bfloat16() for f in maps], (608, 64))
+    assert narrowed.boxes.dtype == torch.float32
+    assert_close(narrowed.boxes, PointGenerator()(maps, (608, 64)).boxes, rtol=0, atol=0)
+    assert isinstance(PointGenerator(), PriorGenerator)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strides": ()}, r"strides must be positive numbers; got \(\)"),
+        ({"strides": (8, 0)}, r"strides must be positive numbers; got \(8, 0\)"),
+        ({"style": "exact"}, 'style must be "half" or "torchvision"; got .exact'),
+    ],
+)
+def test_point_generator_names_what_is_wrong(options, message):
+    with no_hook(), pytest.raises(ValueError, match=message):
+        PointGenerator(**options)
+
+
+def test_point_generator_wants_a_map_a_stride():
+    with pytest.raises(ValueError, match="features must be 5 maps, one a stride; got 2"):
+        PointGenerator()(features_of([(4, 4), (2, 2)]), (32, 32))
