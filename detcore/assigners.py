@@ -64,7 +64,7 @@ def max_iou_assign(
         )
     if force_match not in ("object", "prior", "off"):
         raise ValueError(f'max_iou_assign: force_match must be "object", "prior" or "off"; got {force_match!r}.')
-    usable = _inside_own_padding(priors, targets, divisor)  # B N
+    usable = inside_own_padding(priors, targets, divisor)  # B N
     overlap = pairwise_iou(priors.boxes, targets.boxes)  # B N M
     overlap = overlap.masked_fill(~(targets.valid[:, None] & usable[:, :, None]), -1.0)
     best, index = overlap.max(dim=-1)
@@ -84,7 +84,7 @@ def max_iou_assign(
             labels = targets.labels.gather(1, index)
     labels = torch.where((best >= positive_iou) | forced, labels, none)
     labels = torch.where(usable, labels, IGNORE)
-    return _assignment(priors, targets, overlap, labels, index)
+    return assignment_of(priors, targets, overlap, labels, index)
 
 
 def fcos_assign(
@@ -132,7 +132,7 @@ def fcos_assign(
         )
     if radius is not None and radius <= 0:
         raise ValueError(f"fcos_assign: radius must be None or > 0; got {radius}.")
-    usable = _inside_own_padding(priors, targets, divisor)  # B N
+    usable = inside_own_padding(priors, targets, divisor)  # B N
     x, y, stride, _ = xyxy_to_cxcywh(priors.boxes)[..., None].unbind(-2)  # 1 N 1 each
     x1, y1, x2, y2 = targets.boxes[:, None].unbind(-1)  # B 1 M each
     left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y  # B N M each
@@ -184,20 +184,22 @@ def centerness_target(priors: Float[Tensor, "*#n 4"], boxes: Float[Tensor, "*#n 
     return (ratios[0] * ratios[1]).sqrt()
 
 
-def _assignment(
+def assignment_of(
     priors: Priors,
     targets: Targets,
     overlap: Float[Tensor, "B N M"],
     labels: Int[Tensor, "B N"],
     index: Int[Tensor, "B N"],
 ) -> Assignment:
+    """What assigners by overlap return, out of the label and the object's slot of every prior."""
     own = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
     boxes = torch.where((labels >= 0)[..., None], own, priors.boxes)
     iou = overlap.gather(-1, index[..., None])[..., 0].clamp(min=0)
     return Assignment(labels, index, boxes, iou, targets)
 
 
-def _inside_own_padding(priors: Priors, targets: Targets, divisor: int) -> Bool[Tensor, "B N"]:
+def inside_own_padding(priors: Priors, targets: Targets, divisor: int) -> Bool[Tensor, "B N"]:
+    """Priors that their image has, and not only the batch; see ``divisor`` of :func:`max_iou_assign`."""
     batch, count = len(targets.boxes), priors.boxes.shape[1]
     if targets.sizes is None or priors.cells is None:
         return torch.ones(batch, count, dtype=torch.bool, device=priors.boxes.device)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from detcore.assigners import _assignment, _inside_own_padding
+from detcore.assigners import assignment_of, inside_own_padding
 from detcore.boxes import pairwise_iou
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
@@ -71,7 +71,7 @@ def ssd_assign(
         raise ValueError(f"ssd_assign: positive_iou must be in (0, 1]; got {positive_iou}.")
     if rule not in ("override", "bipartite"):
         raise ValueError(f'ssd_assign: rule must be "override" or "bipartite"; got {rule!r}.')
-    usable = _inside_own_padding(priors, targets, divisor)  # B N
+    usable = inside_own_padding(priors, targets, divisor)  # B N
     overlap = pairwise_iou(priors.boxes, targets.boxes)  # B N M
     overlap = overlap.masked_fill(~(targets.valid[:, None] & usable[:, :, None]), -1.0)
     best, index = overlap.max(dim=-1)
@@ -79,7 +79,7 @@ def ssd_assign(
     index = torch.where(forced >= 0, forced, index)
     labels = torch.where((best >= positive_iou) | (forced >= 0), targets.labels.gather(1, index), BACKGROUND)
     labels = torch.where(usable, labels, IGNORE)
-    return _assignment(priors, targets, overlap, labels, index)
+    return assignment_of(priors, targets, overlap, labels, index)
 
 
 def _override(overlap: Float[Tensor, "B N M"]) -> Int[Tensor, "B N"]:

@@ -10,6 +10,9 @@ from detcore.losses.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
+from detcore.losses.mining import hard_negative_mask, softmax_mining_term
+from detcore.losses.refine import arm_box_term, arm_class_term, odm_class_term
+from detcore.losses.scale_balanced import scale_balance, scale_balanced_weight
 from detcore.losses.terms import (
     LossTerm,
     box_delta_term,
@@ -21,9 +24,13 @@ from detcore.losses.terms import (
     iou_quality_term,
     quality_focal_term,
 )
+from detcore.losses.weighting import PriorWeight
 
 __all__ = [
     "LossTerm",
+    "PriorWeight",
+    "arm_box_term",
+    "arm_class_term",
     "association_term",
     "box_delta_term",
     "box_iou_term",
@@ -32,14 +39,19 @@ __all__ = [
     "centerness_term",
     "focal_term",
     "giou_loss",
+    "hard_negative_mask",
     "iou_loss",
     "iou_quality_term",
     "log_iou_loss",
+    "odm_class_term",
     "pce_loss",
     "pse_loss",
     "quality_focal_loss",
     "quality_focal_term",
     "quality_loss",
+    "scale_balance",
+    "scale_balanced_weight",
     "sigmoid_focal_loss",
     "smooth_l1_loss",
+    "softmax_mining_term",
 ]
