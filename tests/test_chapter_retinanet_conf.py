@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from detcore.assigners import max_iou_assign
+from detcore.coders import DeltaCoder
 from detcore.evaluation import CocoEvaluator
 from detcore.losses import quality_focal_loss, quality_loss, sigmoid_focal_loss
 from detcore.nn import DenseHead
 from detcore.scoring import conf_powers, fuse
+from detcore.structures import Priors, Targets
 
 ROOT = pathlib.Path(__file__).parents[1]
 # what the chapter has imported by the time of these cells
@@ -80,7 +83,7 @@ def test_negatives_outweigh_their_weight(w, total, share):
 
 
 def test_two_pairs_of_curves_become_one():
-    cells = chapter("pulls")
+    cells = chapter("pulls", "pulls-losses")
     same = {name: cells["pull"](loss, t=0.3) for name, loss in cells["quality_losses"](beta=1.0, gamma=0.0).items()}
     assert_close(same["smooth L1"], same["L2"])
     assert_close(same["QFL"], same["CE"])
@@ -90,7 +93,7 @@ def test_two_pairs_of_curves_become_one():
 
 
 def test_only_the_entropies_are_alive_where_the_sigmoid_is_flat():
-    cells = chapter("pulls")
+    cells = chapter("pulls", "pulls-losses")
     pulls = {name: cells["pull"](f, wide(-6.0), 1.0).abs().item() for name, f in cells["quality_losses"]().items()}
     assert {name for name, pull in pulls.items() if pull > 0.1} == {"QFL", "CE"}
 
@@ -108,7 +111,7 @@ def test_slopes_of_the_table():
 
 
 def test_printed_drops_belong_to_the_second_image():
-    falls = chapter("e37")["falls"]
+    falls = chapter("e37-data", "e37")["falls"]
     assert_close(falls(1)[[0, 1, 5]].tolist(), [11.34, 31.50, 39.84], rtol=0, atol=0.005)
     assert_close([falls(1).mean(), falls(2).mean()], [19.52, 1.09], rtol=0, atol=0.005)
 
@@ -117,7 +120,7 @@ def test_printed_drops_belong_to_the_second_image():
     ("size", "priors"), [((608, 608), 69_354), ((640, 640), 76_725), ((640, 768), 92_070), ((384, 1280), 92_070)]
 )
 def test_printed_prior_counts_are_those_of_pictures_padded_to_640(size, priors):
-    assert chapter("e37")["count_priors"](*size) == priors
+    assert chapter("e37-data", "e37")["count_priors"](*size) == priors
 
 
 def crowd(seed=0):
@@ -170,7 +173,7 @@ def test_undone_scores_are_where_the_expected_loss_is_least():
 
 
 def test_bending_scores_changes_counts_and_not_precision():
-    cells = definitions("e310")
+    cells = definitions("e310", "e310-iou")
     found, targets = crowd()
     scores = found[0]["scores"].double() * torch.linspace(0.5, 1, 2000, dtype=torch.float64)
     ious = cells["with_true_iou"](found, targets)[0]["scores"]
@@ -242,7 +245,7 @@ def test_equation_7_lacks_a_minus():
 
 
 def test_gradients_at_saturation_at_the_optimum_and_at_the_start():
-    pulls_at = chapter("pulls", "e35")["pulls_at"]
+    pulls_at = chapter("pulls", "pulls-losses", "e35")["pulls_at"]
     far, near, start = pulls_at(-6.0, 1.0), pulls_at(0.0, 0.5001), pulls_at(0.0, 0.7)
     assert_close([far[k] for k in ("L1", "L2", "CE")], [0.00247, 0.00246, 0.998], rtol=0, atol=5e-4)
     assert_close([near["L1"], near["CE"]], [0.25, 0.0001], rtol=0, atol=1e-6)
@@ -333,9 +336,6 @@ def test_released_fusion_leaves_small_levels_bare():
 
 
 def test_head_refuses_pairs_of_maps():
-    from detcore.coders import DeltaCoder
-    from detcore.structures import Priors
-
     head = DenseHead(4, 1, 1, DeltaCoder())
     maps = torch.zeros(1, 4, 2, 2)
     with pytest.raises(TypeError):
@@ -349,6 +349,15 @@ def test_unguarded_rule_gives_all_free_priors_to_an_object_out_of_reach():
     assert unguarded(overlap).tolist() == [1, 1, 1, 1]
     reachable = torch.tensor([[0.6, 0.0], [0.2, 0.1], [0.0, 0.0], [0.45, 0.0]])
     assert unguarded(reachable).tolist() == [0, 1, -1, -1]
+
+
+def test_two_rules_for_a_forced_match():
+    # the prior overlaps the first object by .9; it is all that the second one has, by 1/3
+    prior = torch.tensor([[[0.0, 0.0, 10.0, 10.0]]])
+    two = torch.tensor([[[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 30.0]]])
+    objects = Targets(two, torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
+    owner = {rule: max_iou_assign(Priors(prior, (1,)), objects, force_match=rule) for rule in ("object", "prior")}
+    assert {rule: match.labels.item() for rule, match in owner.items()} == {"object": 1, "prior": 0}
 
 
 def test_verdict_needs_seeds_and_two_standard_deviations():
