@@ -12,7 +12,7 @@ from detcore.boxes import clip_boxes
 from detcore.scoring import Scores
 from detcore.structures import BACKGROUND, Detections, Predictions
 
-__all__ = ["Selector", "ThresholdOn", "select_by_pair", "select_by_prior"]
+__all__ = ["Selector", "ThresholdOn", "select_by_class", "select_by_pair", "select_by_prior"]
 
 Selector = Callable[[Scores, Predictions, Tensor], Detections]
 """What a detector accepts as ``select``; the tensor holds image sizes (B, 2)."""
@@ -119,6 +119,49 @@ def select_by_pair(
     return _suppress(
         scores, pred, sizes, image[kept], prior[kept], label[kept], nms_iou=nms_iou, max_detections=max_detections
     )
+
+
+def select_by_class(
+    scores: Scores,
+    pred: Predictions,
+    sizes: Int[Tensor, "B 2"],
+    *,
+    score_threshold: float = 0.01,
+    threshold_on: ThresholdOn = "ranking",
+    candidates: int = 400,
+    nms_iou: float | None = 0.45,
+    max_detections: int = 200,
+) -> Detections:
+    """Best priors of each class, all levels together, above the threshold, class-wise NMS, best overall.
+
+    Args:
+        scores: as in :func:`select_by_prior`, like the other arguments.
+        pred: as there.
+        sizes: as there.
+        score_threshold: as there.
+        threshold_on: as there.
+        candidates: priors kept a class and image, by ranking score, >= 1.
+        nms_iou: as there.
+        max_detections: as there.
+
+    Raises:
+        ValueError: if a number is out of range or ``threshold_on`` is unknown.
+
+    Example:
+        >>> from functools import partial
+        >>> select = partial(select_by_class, candidates=1000, max_detections=500)  # RefineDet
+
+    Reference: Liu et al., SSD, ECCV 2016, section 3.5 (0.01, 0.45, 200; 400 in the released code).
+    """
+    _check("select_by_class", score_threshold, candidates, nms_iou, max_detections, threshold_on)
+    ranking = scores.ranking.transpose(1, 2)  # B C N
+    best = ranking.topk(min(candidates, ranking.shape[-1]), dim=-1)  # B C K
+    cut = best.values
+    if threshold_on == "classes":
+        cut = scores.classes.transpose(1, 2).gather(-1, best.indices)
+    image, label, row = (cut > score_threshold).nonzero(as_tuple=True)
+    prior = best.indices[image, label, row]
+    return _suppress(scores, pred, sizes, image, prior, label, nms_iou=nms_iou, max_detections=max_detections)
 
 
 def _suppress(

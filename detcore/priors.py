@@ -23,7 +23,10 @@ PointStyle = Literal["half", "torchvision"]
 class PriorGenerator(Protocol):
     """What a detector asks of its priors."""
 
-    num_priors: int
+    @property
+    def num_priors(self) -> int | tuple[int, ...]:
+        """Priors a cell, one number for all levels or one a level."""
+        ...
 
     def __call__(self, features: Sequence[Tensor], image_size: tuple[int, int]) -> Priors:
         """Priors of the maps ``features`` of a batch of images of ``image_size`` (height, width)."""

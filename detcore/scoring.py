@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detcore.structures import Predictions
 
-__all__ = ["Scorer", "Scores", "class_score", "conf_powers", "fuse", "fused_score", "iou_aware_powers"]
+__all__ = ["Scorer", "Scores", "class_score", "conf_powers", "fuse", "fused_score", "iou_aware_powers", "softmax_score"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,20 @@ def class_score(pred: Predictions) -> Scores:
         'class_score'
     """
     scores = _sigmoid(pred.logits)
+    return Scores(scores, scores)
+
+
+def softmax_score(pred: Predictions) -> Scores:
+    """One softmax over classes and background, which is the last channel and is left out.
+
+    Example:
+        >>> from detcore.structures import Priors
+        >>> box, logits = torch.tensor([[[0.0, 0, 8, 8]]]), torch.tensor([[[2.0, 1.0, 2.0]]]).log()
+        >>> softmax_score(Predictions(logits, box, box, Priors(box, (1,)))).ranking
+        tensor([[[0.4000, 0.2000]]])
+    """
+    logits = pred.logits.float() if pred.logits.element_size() < 4 else pred.logits
+    scores = logits.softmax(dim=-1)[..., :-1]
     return Scores(scores, scores)
 
 

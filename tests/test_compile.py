@@ -7,10 +7,9 @@ from torch.testing import assert_close
 
 from detcore.detector import DenseDetector
 from detcore.models import MODELS
-from detcore.nn import TinyTrunk
 from detcore.structures import pad_targets
 from tests.test_models import calm, redraw
-from tests.zoo import small
+from tests.zoo import thin
 
 pytestmark = [
     pytest.mark.compile,
@@ -34,7 +33,7 @@ def fresh_compiler():
 
 
 def little(name):
-    return redraw(calm(small(name, backbone=TinyTrunk((4, 8, 8, 8, 8)), channels=8, depth=1)))
+    return redraw(calm(thin(name, (4, 8, 8, 8, 8), channels=8)))
 
 
 def batch_of(*objects):

@@ -35,9 +35,10 @@ def model(name: str):
 
 def trained_like(detector) -> None:
     """Scores on both sides of the threshold, as after training; a fresh detector answers 0.01 everywhere."""
-    convolution = detector.head.outputs["logits"]
-    torch.nn.init.normal_(convolution.weight, std=0.5)
-    torch.nn.init.constant_(convolution.bias, -1.0)
+    for convolution in detector.head.outputs["logits"].modules():
+        if isinstance(convolution, torch.nn.Conv2d):
+            torch.nn.init.normal_(convolution.weight, std=0.5)
+            torch.nn.init.constant_(convolution.bias, -1.0)
 
 
 def step_counts(name: str, batch: int, slots: int = 8) -> dict[str, LaunchCounter]:

@@ -110,6 +110,8 @@ def test_build_trunk_takes_a_trunk_of_your_own():
         (lambda: FPN([1, 2]), r"in_channels must be the widths of C3, C4, C5; got \(1, 2\)"),
         (lambda: FPN([1, 2, 3], 4, p6="c4"), 'p6 must be "c5" or "p5"; got .c4'),
         (lambda: prior_probability_bias(1.0), r"probability must be in \(0, 1\); got 1.0"),
+        (lambda: ImageInput(warp_side=0), "warp_side must be >= 1 and come without short_side; got 0 and None"),
+        (lambda: ImageInput(short_side=5, long_side=9, warp_side=7), "warp_side must .*; got 7 and 5"),
         (lambda: ImageInput(short_side=5), "give both short_side and long_side, or none; got 5, None"),
         (lambda: DenseHead(4, 1, 2, DeltaCoder(), box_extras={"deltas": 1}), "extras must have names of their own"),
         (lambda: DenseHead(4, 1, 2, DeltaCoder(), class_extras={"q": 1}, box_extras={"q": 1}), "names of their own"),
@@ -273,6 +275,17 @@ def test_image_input_resizes_as_torchvision_does():
         assert scale == pytest.approx([width / picture.shape[2], height / picture.shape[1]])
         assert max(height, width) <= 100
         assert min(height, width) in (59, 60) or max(height, width) in (99, 100)
+
+
+def test_image_input_warps_as_torchvision_does():
+    theirs = GeneralizedRCNNTransform(60, 60, [0.4, 0.5, 0.6], [0.2, 0.2, 0.3], size_divisible=1, fixed_size=(60, 60))
+    door = ImageInput([0.4, 0.5, 0.6], [0.2, 0.2, 0.3], warp_side=60)
+    pictures = [torch.rand(3, 47, 61), torch.rand(3, 120, 30), torch.randint(0, 256, (3, 60, 60), dtype=torch.uint8)]
+    batch = door.batch(pictures)
+    expected, _ = theirs.eval()([p.float() / 255 if p.dtype == torch.uint8 else p for p in pictures])
+    assert_close(door(batch.images), expected.tensors, rtol=0, atol=1e-5)
+    assert batch.sizes.tolist() == [[60, 60]] * 3
+    assert_close(batch.scales, torch.tensor([[60 / 61, 60 / 47], [2.0, 0.5], [1.0, 1.0]]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,15 +9,30 @@ from torch.testing import assert_close
 from torchvision.ops import batched_nms, nms
 
 from detcore.boxes import pairwise_iou
-from detcore.postprocess import select_by_pair, select_by_prior
+from detcore.postprocess import select_by_class, select_by_pair, select_by_prior
 from detcore.scoring import Scores, fuse
 from detcore.structures import BACKGROUND, Predictions, Priors
 from tests import reference
 from tests.samples import no_hook, some_boxes
 
+
+def candidates_by_class(ranking, classes, counts, *, score_threshold, threshold_on, candidates):
+    """The slow twin of SSD's choice: the best priors of each class, whatever their level."""
+    cut, pairs = ranking if threshold_on == "ranking" else classes, []
+    for c in range(len(ranking[0])):
+        best = sorted(range(sum(counts)), key=lambda n: -ranking[n][c])[:candidates]
+        pairs += [(n, c) for n in best if cut[n][c] > score_threshold]
+    return pairs
+
+
 SELECTORS = {
     "prior": (select_by_prior, reference.candidates_by_prior),
     "pair": (select_by_pair, reference.candidates_by_pair),
+    # with the others' defaults, which the loop has
+    "class": (
+        partial(select_by_class, score_threshold=0.05, candidates=1000, nms_iou=0.5, max_detections=100),
+        candidates_by_class,
+    ),
 }
 COUNTS = (60, 20, 5)
 SIZES = torch.tensor([[150, 170], [90, 200], [400, 400]])
@@ -98,7 +114,8 @@ def test_select_cases_differ():
     by_prior = [found["prior", case] for case in OPTIONS]
     assert len(set(by_prior)) == len(OPTIONS)
     assert found["prior", "few candidates"] != found["pair", "few candidates"]
-    assert found["prior", "defaults"] == found["pair", "defaults"]  # nothing to compete for
+    assert found["class", "few candidates"] not in (found["prior", "few candidates"], found["pair", "few candidates"])
+    assert found["prior", "defaults"] == found["pair", "defaults"] == found["class", "defaults"]  # no competition
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from torch.testing import assert_close
 
 from detcore.coders import DeltaCoder
 from detcore.postprocess import select_by_pair, select_by_prior
-from detcore.scoring import class_score, conf_powers, fuse, fused_score, iou_aware_powers
+from detcore.scoring import class_score, conf_powers, fuse, fused_score, iou_aware_powers, softmax_score
 from detcore.structures import Predictions, Priors
 from tests.samples import FAST, some_predictions, some_priors
 
@@ -90,6 +91,18 @@ def test_class_score_is_a_sigmoid_a_class():
     assert_close(scores.ranking, pred.logits.sigmoid(), rtol=0, atol=0)
     assert scores.classes is scores.ranking
     assert scores.quality is None
+
+
+def test_softmax_score_leaves_background_out():
+    # odds 6 : 3 : 1, background last
+    box = torch.tensor([[[0.0, 0, 8, 8]]])
+    logits = torch.tensor([[[6.0, 3.0, 1.0]]]).log()
+    pred = Predictions(logits, box, box, Priors(box, (1,)))
+    scores = softmax_score(pred)
+    assert_close(scores.ranking, torch.tensor([[[0.6, 0.3]]]))
+    assert scores.classes is scores.ranking
+    narrow = softmax_score(dataclasses.replace(pred, logits=logits.bfloat16()))
+    assert narrow.ranking.dtype == torch.float32
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 0.5, 1.0])

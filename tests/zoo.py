@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detcore.assigners import centerness_target
 from detcore.models import get_model
+from detcore.nn import TinyTrunk
 from detcore.structures import Assignment, Predictions
 
 BY_PRIOR = ({"candidates_by": "prior"}, {"nonzero": 1})  # it waits for how many pairs pass the threshold
@@ -25,10 +26,14 @@ class Row:
         parameters: on the small trunk, three classes.
         extras: its further maps: name to components a prior.
         quality: the map that its score uses, ``None`` without one.
-        per_cell: priors a cell.
+        per_cell: priors a cell, one number or one a level.
+        sides: of its maps on a picture of 128 pixels.
         small: options that suit pictures of 64 to 128 pixels.
         selects: its ways to choose candidates: options, and what each waits for.
         focal: whether ``cls`` is the focal loss, which starts where every class is answered 0.01.
+        softmax: whether its logits have a last channel for background, and hard negatives are mined.
+        has_towers: whether its head has towers, of a ``depth``.
+        detections: how many it gives at most.
         steps: of training until two pictures are known by heart.
         normalisers: what a term is divided by where that is not the number of positives.
     """
@@ -37,12 +42,22 @@ class Row:
     parameters: int
     extras: Mapping[str, int] = field(default_factory=dict)
     quality: str | None = None
-    per_cell: int = 9
+    per_cell: int | tuple[int, ...] = 9
+    sides: tuple[int, ...] = (16, 8, 4, 2, 1)
     small: Mapping[str, float] = field(default_factory=lambda: {"anchor_base": 2.0})
     selects: tuple[tuple[dict[str, str], dict[str, int]], ...] = (BY_PRIOR, BY_PAIR)
     focal: bool = True
+    softmax: bool = False
+    has_towers: bool = True
+    detections: int = 100
     steps: int = 60
     normalisers: Mapping[str, Callable[[Predictions, Assignment], Tensor]] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Priors a level on a picture of 128 pixels."""
+        cells = self.per_cell if isinstance(self.per_cell, tuple) else (self.per_cell,) * len(self.sides)
+        return tuple(n * side**2 for n, side in zip(cells, self.sides, strict=True))
 
 
 def sum_of_centerness(pred: Predictions, match: Assignment) -> Tensor:
@@ -56,6 +71,17 @@ POINTS = {
     "normalisers": {"box": sum_of_centerness},
 }
 
+DEFAULT_BOXES = {
+    "small": {},
+    "selects": (({}, {"nonzero": 1}),),
+    "focal": False,
+    "softmax": True,
+    "has_towers": False,
+    "detections": 200,
+}
+LEVELS_300 = {"per_cell": (4, 6, 6, 6, 4, 4), "sides": (16, 8, 4, 2, 1, 1), **DEFAULT_BOXES}
+LEVELS_512 = {"per_cell": (4, 6, 6, 6, 6, 4, 4), "sides": (16, 8, 4, 2, 1, 1, 1), **DEFAULT_BOXES}
+
 ZOO = {
     "retinanet": Row({"cls", "box"}, 912_975),
     "iou_aware_retinanet": Row({"cls", "box", "iou"}, 918_168, {"iou": 1}, "iou"),
@@ -66,9 +92,17 @@ ZOO = {
     "iou_aware_fcos": Row(
         {"cls", "box", "centerness", "iou"}, 845_470, {"centerness": 1, "iou": 1}, "iou", steps=150, **POINTS
     ),
+    "ssd300": Row({"cls", "box"}, 732_576, **LEVELS_300),
+    "ssd512": Row({"cls", "box"}, 780_848, **LEVELS_512),
 }
 
 
 def small(name, **options):
     """A detector for 64 to 128 pixels on the small trunk."""
     return get_model(name, **{"num_classes": 3, "backbone": "tiny", **ZOO[name].small, **options})
+
+
+def thin(name, widths, channels):
+    """The same, narrower: for training and compiling in seconds."""
+    depth = {"depth": 1} if ZOO[name].has_towers else {}
+    return small(name, backbone=TinyTrunk(widths), channels=channels, **depth)

@@ -68,7 +68,8 @@ class Train(Common):
     Args:
         options: options of the model, such as anchor_base=2 box_loss=giou.
         model: which detector; an unknown name is answered with the list.
-        backbone: trunk: resnet18, resnet34, resnet50, resnet101, or tiny for processors without a GPU.
+        backbone: trunk: resnet18, resnet34, resnet50, resnet101; vgg16, vgg16_bn in the SSD family; or tiny for
+            processors without a GPU; default: the model's.
         weights_backbone: ImageNet weights of the trunk: DEFAULT, or an enum's name; default: random.
         data: voc:DIR, coco:DIR, coco-json:FILE or :DIR, scenes or scenes:size=96,images=500,seed=1,noise=0.1.
         classes: keep these classes only; default: all.
@@ -87,7 +88,7 @@ class Train(Common):
 
     options: Pairs = ()
     model: str
-    backbone: str = "resnet50"
+    backbone: str | None = None
     weights_backbone: str | None = None
     data: str
     classes: tuple[str, ...] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models import fcos, fcos_association, gfl, iou_aware, retinanet, retinanet_conf
+from detcore.models import fcos, fcos_association, gfl, iou_aware, retinanet, retinanet_conf, ssd
 
 __all__ = ["MODELS", "get_model", "list_models"]
 
@@ -20,18 +20,23 @@ MODELS: dict[str, Callable[..., DenseDetector]] = {
     "fcos_improved": fcos.fcos_improved,
     "fcos_association": fcos_association.fcos_association,
     "iou_aware_fcos": iou_aware.iou_aware_fcos,
+    "ssd300": ssd.ssd300,
+    "ssd512": ssd.ssd512,
 }
 """Name to factory."""
 
-_PASSES_ON_TO: dict[str, Callable[..., DenseDetector]] = {
-    "iou_aware_retinanet": retinanet.retinanet,
-    "retinanet_conf": retinanet.retinanet,
-    "retinanet_gfl": retinanet.retinanet,
-    "fcos_improved": fcos.fcos,
-    "fcos_association": fcos.fcos,
-    "iou_aware_fcos": fcos.fcos,
+_PASSES_ON_TO: dict[Callable[..., DenseDetector], Callable[..., DenseDetector]] = {
+    iou_aware.iou_aware_retinanet: retinanet.retinanet,
+    retinanet_conf.retinanet_conf: retinanet.retinanet,
+    gfl.retinanet_gfl: retinanet.retinanet,
+    fcos.fcos_improved: fcos.fcos,
+    fcos_association.fcos_association: fcos.fcos,
+    iou_aware.iou_aware_fcos: fcos.fcos,
+    ssd.ssd300: ssd.ssd,
+    ssd.ssd512: ssd.ssd,
+    ssd.ssd: ssd.ssd_detector,
 }
-"""Name to the factory that its ``**options`` go to."""
+"""Factory to the function that its ``**options`` go to."""
 
 
 def list_models() -> list[str]:
@@ -48,7 +53,7 @@ def get_model(
     name: str,
     *,
     num_classes: int,
-    backbone: str | nn.Module = "resnet50",
+    backbone: str | nn.Module | None = None,
     weights_backbone: Any = None,
     **options: Any,
 ) -> DenseDetector:
@@ -57,8 +62,9 @@ def get_model(
     Args:
         name: one of :func:`list_models`.
         num_classes: C, >= 1, background not counted.
-        backbone: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"resnet101"``, ``"tiny"`` (for
-            processors without a GPU), or a trunk of your own.
+        backbone: ``"tiny"`` (for processors without a GPU), a trunk of your own, or a name that the
+            factory knows: ``"resnet18"``, ``"resnet34"``, ``"resnet50"``, ``"resnet101"``; ``"vgg16"``,
+            ``"vgg16_bn"`` in the SSD family. ``None``: the factory's default.
         weights_backbone: ImageNet weights for the trunk, as in torchvision: an enum or
             ``"DEFAULT"``; ``None`` starts from random weights.
         **options: of the factory, e.g. ``detach_iou_target=False``; see its documentation.
@@ -74,19 +80,28 @@ def get_model(
     """
     if name not in MODELS:
         raise KeyError(f"get_model: name must be one of {list_models()}; got {name!r}.")
-    factory = MODELS[name]
-    known = set(inspect.signature(factory).parameters)
-    if name in _PASSES_ON_TO:
-        known |= set(inspect.signature(_PASSES_ON_TO[name]).parameters)
-    unknown = sorted(set(options) - known)
+    factory, known = MODELS[name], _options(MODELS[name])
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"get_model: {name} has no option {', '.join(unknown)}; it has {sorted(known - {'options'})}.")
+        raise TypeError(f"get_model: {name} has no option {', '.join(unknown)}; it has {sorted(known)}.")
+    backbone = known["backbone"] if backbone is None else backbone
     detector = factory(num_classes=num_classes, backbone=backbone, weights_backbone=weights_backbone, **options)
     # a checkpoint brings its own weights: rebuilding from it must not download ImageNet's again, but what
     # follows from having had them (see ResNetTrunk) has to be said
     trunk: dict[str, Any] = {"backbone": backbone} if isinstance(backbone, str) else {}
     if weights_backbone is not None:
-        trunk |= {"norm": "fixed", "trainable_stages": 3}
+        trunk |= {key: value for key, value in _FINE_TUNED.items() if key in known}
     chosen = {key: value for key, value in options.items() if value is not None or key not in trunk}
     detector.spec = {"name": name, "num_classes": num_classes, **trunk, **chosen}
     return detector
+
+
+_FINE_TUNED: dict[str, Any] = {"norm": "fixed", "trainable_stages": 3}
+
+
+def _options(factory: Callable[..., DenseDetector]) -> dict[str, Any]:
+    """What a factory can be asked for, and its defaults; those of the functions it passes options on to as well."""
+    passed_on = _PASSES_ON_TO.get(factory)
+    given = _options(passed_on) if passed_on else {}
+    parameters = inspect.signature(factory).parameters.values()
+    return given | {p.name: p.default for p in parameters if p.default is not p.empty}

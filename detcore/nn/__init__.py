@@ -4,7 +4,10 @@ from detcore.nn.backbones import ResNetTrunk, TinyTrunk, build_trunk
 from detcore.nn.heads import DenseHead
 from detcore.nn.inputs import ImageInput
 from detcore.nn.layers import Exp, FixedBatchNorm2d, Scale
+from detcore.nn.level_head import LevelHead
 from detcore.nn.necks import FPN
+from detcore.nn.pyramids import L2Norm, SSDPyramid
+from detcore.nn.vgg import VGGTrunk
 
 __all__ = [
     "FPN",
@@ -12,8 +15,12 @@ __all__ = [
     "Exp",
     "FixedBatchNorm2d",
     "ImageInput",
+    "L2Norm",
+    "LevelHead",
     "ResNetTrunk",
+    "SSDPyramid",
     "Scale",
     "TinyTrunk",
+    "VGGTrunk",
     "build_trunk",
 ]

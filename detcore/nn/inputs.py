@@ -37,9 +37,11 @@ class ImageInput(nn.Module):
         short_side: pictures given to :meth:`batch` are resized so that their short side has this
             many pixels, unless the long side would exceed ``long_side``. ``None``: left as they are.
         long_side: see ``short_side``.
+        warp_side: pictures given to :meth:`batch` are resized to squares of this side, whatever their
+            shape, and a batch is not padded.
 
     Raises:
-        ValueError: if only one of ``short_side`` and ``long_side`` is given.
+        ValueError: if only one of ``short_side`` and ``long_side`` is given, or ``warp_side`` with them.
 
     Example:
         >>> door = ImageInput()
@@ -56,13 +58,19 @@ class ImageInput(nn.Module):
         divisor: int = 32,
         short_side: int | None = None,
         long_side: int | None = None,
+        warp_side: int | None = None,
     ) -> None:
         super().__init__()
         if (short_side is None) != (long_side is None):
             raise ValueError(f"ImageInput: give both short_side and long_side, or none; got {short_side}, {long_side}.")
+        if warp_side is not None and (short_side is not None or warp_side < 1):
+            raise ValueError(
+                f"ImageInput: warp_side must be >= 1 and come without short_side; got {warp_side} and {short_side}."
+            )
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.divisor, self.short_side, self.long_side = divisor, short_side, long_side
+        self.divisor = divisor if warp_side is None else 1
+        self.short_side, self.long_side, self.warp_side = short_side, long_side, warp_side
 
     def forward(self, images: Shaped[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Normalised pictures in the model's type, from uint8 in 0..255 or floats in 0..1."""
@@ -92,6 +100,8 @@ class ImageInput(nn.Module):
         return ImageBatch(batch, torch.tensor(sizes, device=device), torch.tensor(scales, device=device))
 
     def _resize(self, image: Tensor) -> Tensor:
+        if self.warp_side is not None:
+            return F.interpolate(image[None], size=(self.warp_side, self.warp_side), mode="bilinear")[0]
         if self.short_side is None or self.long_side is None:
             return image
         sides = image.shape[-2:]
