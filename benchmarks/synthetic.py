@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from detcore.assigners import centerness_target
 from detcore.boxes import pairwise_iou
-from detcore.coders import DeltaCoder
-from detcore.structures import Priors
+from detcore.coders import BoxCoder, DeltaCoder
+from detcore.structures import Assignment, Priors
 
 
 def pictures(batch: int, size: int, *, seed: int = 0) -> list[Tensor]:
@@ -64,11 +65,7 @@ def trained_outputs(
     """
     generator = torch.Generator().manual_seed(seed)
     batch, count = len(targets), sum(priors.counts)
-    cut = math.log(threshold / (1 - threshold))
-    logits = torch.randn(batch, count, num_classes, generator=generator)
-    for level in logits.split(priors.counts, dim=1):
-        share = min(0.02, per_level / (level.shape[1] * num_classes))
-        level.add_(cut - torch.special.ndtri(torch.tensor(1 - share, dtype=torch.float64)).item())
+    logits = _background(priors, batch, num_classes, threshold, per_level, generator)
     deltas = 0.2 * torch.randn(batch, count, 4, generator=generator)
     for i, target in enumerate(targets):
         overlap, index = pairwise_iou(priors.boxes[0], target["boxes"]).max(dim=1)
@@ -78,3 +75,45 @@ def trained_outputs(
         logits[i, near, target["labels"][own]] = 12 * (overlap[near] - 0.4) - 2 + 0.7 * noise[:, 0]
         deltas[i, near] = DeltaCoder().encode(target["boxes"][own], priors.boxes[0, near]) + 0.05 * noise[:, 1:]
     return logits, deltas
+
+
+def trained_points(
+    priors: Priors,
+    match: Assignment,
+    coder: BoxCoder,
+    num_classes: int,
+    *,
+    threshold: float,
+    per_level: int,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`trained_outputs` for FCOS: logits, distances and centre-ness logits.
+
+    The background's centre-ness is about 1/2, and ``threshold`` is that of the root of the product. Points that own
+    an object score the higher the more central they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch, count = match.labels.shape
+    logits = _background(priors, batch, num_classes, 2 * threshold**2, per_level, generator)
+    centerness = 0.1 * torch.randn(batch, count, 1, generator=generator)
+    deltas = torch.randn(batch, count, 4, generator=generator).exp()
+    noise = torch.randn(batch, count, 6, generator=generator)
+    at = match.positive
+    central = centerness_target(priors.boxes, match.boxes)[at].clamp(0.02, 0.98)
+    logits[(*at.nonzero(as_tuple=True), match.labels[at])] = 4 * central - 2 + 0.7 * noise[at][:, 0]
+    centerness[at] = (central.logit() + 0.3 * noise[at][:, 1])[:, None]
+    wanted = coder.encode(match.boxes, priors.boxes.expand_as(match.boxes))
+    deltas[at] = wanted[at] * (0.05 * noise[at][:, 2:]).exp()
+    return logits, deltas, centerness
+
+
+def _background(
+    priors: Priors, batch: int, num_classes: int, threshold: float, per_level: int, generator: torch.Generator
+) -> Tensor:
+    """Logits of which about ``per_level`` a level pass the threshold, at most 2 in 100."""
+    cut = math.log(threshold / (1 - threshold))
+    logits = torch.randn(batch, sum(priors.counts), num_classes, generator=generator)
+    for level in logits.split(priors.counts, dim=1):
+        share = min(0.02, per_level / (level.shape[1] * num_classes))
+        level.add_(cut - torch.special.ndtri(torch.tensor(1 - share, dtype=torch.float64)).item())
+    return logits

@@ -1,8 +1,8 @@
-"""RetinaNet against torchvision's: same weights, pictures, objects and precision, one thread.
+"""RetinaNet and FCOS against torchvision's: same weights, pictures, objects and precision, one thread.
 
 ``python -m benchmarks.torchvision`` first makes sure that both compute the same losses, gradients and detections,
 then times them and writes ``results/benchmarks/torchvision.json``. Both are ResNet-18 with a pyramid; ours takes
-its weights and conventions from theirs by ``detcore.models.retinanet.from_torchvision``.
+its weights and conventions from theirs by the model's ``from_torchvision`` (see ``benchmarks.cases``).
 """
 
 import argparse
@@ -17,16 +17,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from benchmarks.synthetic import objects, pictures, trained_outputs
+from benchmarks.cases import CASES, Case
+from benchmarks.synthetic import objects, pictures
 from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
 from detcore.boxes import pairwise_iou
 from detcore.detector import DenseDetector
-from detcore.models.retinanet import from_torchvision
-from detcore.structures import Predictions, Priors, pad_targets, to_dicts
+from detcore.structures import Priors, pad_targets, to_dicts
 
 OUTPUT = ROOT / "results" / "benchmarks" / "torchvision.json"
 
@@ -59,26 +56,11 @@ class Setting:
 QUICK = Setting(size=128, num_classes=21, batch=2, detect_batches=(1, 2), per_level=200, repeats=3)
 
 
-# --- both detectors
-
-
-def both_detectors(setting: Setting) -> tuple[RetinaNet, DenseDetector]:
-    """Theirs with random weights, and ours with the same."""
-    torch.manual_seed(0)
-    trunk = resnet_fpn_backbone(
-        backbone_name="resnet18",
-        weights=None,
-        norm_layer=nn.BatchNorm2d,
-        trainable_layers=5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
-    )
-    theirs = RetinaNet(trunk, setting.num_classes, min_size=setting.size, max_size=setting.size)
-    return theirs, from_torchvision(theirs)
+# --- what all rows share
 
 
 def priors_of(ours: DenseDetector, size: int) -> Priors:
-    """The anchors of one batch of pictures; both sides have the same."""
+    """The priors of one batch of pictures; both sides have the same."""
     features = [torch.empty(1, 1, size // stride, size // stride) for stride in (8, 16, 32)]
     for _ in range(2):  # P6 and P7 are halved, rounding up
         side = -(-features[-1].shape[-1] // 2)
@@ -101,57 +83,58 @@ def prepared(model: nn.Module, precision: str) -> nn.Module:
 # --- assignment and loss
 
 
-def loss_row(setting: Setting) -> Row:
-    """Assignment and loss, forward and back to the head's outputs."""
-    theirs, ours = both_detectors(setting)
+def loss_row(case: Case, setting: Setting) -> Row:
+    """Assignment and loss, forward and back to the head's outputs; decoding is part of it where the loss needs it."""
+    theirs, ours = case.both(setting.size, setting.num_classes)
     priors = priors_of(ours, setting.size)
     targets = objects(setting.batch, setting.size, setting.objects, setting.num_classes)
     padded = pad_targets(targets)
-    generator = torch.Generator().manual_seed(0)
-    shape = (setting.batch, sum(priors.counts))
-    logits = (torch.randn(*shape, setting.num_classes, generator=generator) - 4.6).requires_grad_()
-    deltas = (0.2 * torch.randn(*shape, 4, generator=generator)).requires_grad_()
+    maps = case.random_maps((setting.batch, sum(priors.counts)), setting.num_classes)
 
-    def back(losses: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        logits.grad = deltas.grad = None
-        sum(losses.values()).backward()
-        return [loss.detach() for loss in losses.values()], [logits.grad, deltas.grad]
+    def back(losses: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        for value in maps.values():
+            value.grad = None
+        sum(losses).backward()
+        return [loss.detach() for loss in losses], [value.grad for value in maps.values()]
 
     def by_torchvision(images: slice = slice(None)):
-        outputs = {"cls_logits": logits[images], "bbox_regression": deltas[images]}
-        return back(theirs.compute_loss(targets[images], outputs, [priors.boxes[0]] * len(targets[images])))
+        own = {name: value[images] for name, value in maps.items()}
+        return back(case.their_losses(theirs, targets[images], own, priors))
 
     def by_detcore():
-        pred = Predictions(logits, deltas, deltas, priors)  # this loss reads no decoded boxes
+        pred = case.predictions(ours, maps, priors, decode=case.loss_reads_boxes)
         match = ours.match(priors, padded)
-        return back({name: weight * term(pred, match) for name, (weight, term) in ours.losses.items()})
+        return back([ours.losses[name][0] * ours.losses[name][1](pred, match) for name in case.terms])
 
     def check() -> None:
-        # theirs divides each picture's loss by its own positives, ours the batch's by all: undo the one, do the other
-        positives = ours.match(priors, padded).positive.sum(dim=1).clamp(min=1).float()
-        singly = [by_torchvision(slice(i, i + 1)) for i in range(setting.batch)]
+        wanted, wanted_grads = by_torchvision()
+        if case.normalised_by_picture:
+            # theirs divides by the positives of each picture, ours by those of the batch: undo the one, do the other
+            positives = ours.match(priors, padded).positive.sum(dim=1).clamp(min=1).float()
+            singly = [by_torchvision(slice(i, i + 1)) for i in range(setting.batch)]
+            share = positives / positives.sum()
+            wanted, wanted_grads = (
+                [sum(w * single[part][k] for w, single in zip(share, singly, strict=True)) for k in range(len(values))]
+                for part, values in enumerate((wanted, wanted_grads))
+            )
         losses, grads = by_detcore()
-        for k, (loss, grad) in enumerate(zip(losses, grads, strict=True)):
-            wanted = sum(n * single[0][k] for n, single in zip(positives, singly, strict=True)) / positives.sum()
-            wanted_grad = sum(n * single[1][k] for n, single in zip(positives, singly, strict=True)) / positives.sum()
-            assert_close(loss, wanted, rtol=1e-5, atol=0.0)
-            assert_close(grad, wanted_grad, rtol=1e-4, atol=1e-9)
+        assert_close(losses, wanted, rtol=1e-5, atol=0.0)
+        assert_close(grads, wanted_grads, rtol=1e-4, atol=1e-9)
 
-    return Row(f"assignment + loss, forward and backward, B={setting.batch}", check, by_torchvision, by_detcore)
+    name = f"{case.title}: assignment + loss, forward and backward, B={setting.batch}"
+    return Row(name, check, by_torchvision, by_detcore)
 
 
 # --- post-processing
 
 
-def postprocess_row(setting: Setting, batch: int) -> Row:
-    """From logits and deltas to detections; decoding is part of it."""
-    theirs, ours = both_detectors(setting)
-    priors, logits, deltas = _trained(ours, setting, batch)
+def postprocess_row(case: Case, setting: Setting, batch: int) -> Row:
+    """From the head's outputs to detections; decoding is part of it."""
+    theirs, ours = case.both(setting.size, setting.num_classes)
+    priors = priors_of(ours, setting.size)
+    maps = case.trained_maps(ours, priors, batch, setting.size, setting.per_level)
     sizes = torch.full((batch, 2), setting.size)
-    outputs = {
-        "cls_logits": list(logits.split(priors.counts, 1)),
-        "bbox_regression": list(deltas.split(priors.counts, 1)),
-    }
+    outputs = {name: list(value.split(priors.counts, 1)) for name, value in case.outputs(maps).items()}
     anchors = [list(priors.boxes[0].split(priors.counts))] * batch
 
     @torch.no_grad()
@@ -160,21 +143,13 @@ def postprocess_row(setting: Setting, batch: int) -> Row:
 
     @torch.no_grad()
     def by_detcore():
-        boxes = ours.head.coder.decode(deltas, priors.boxes.expand(batch, -1, -1))
-        pred = Predictions(logits, deltas, boxes, priors)
+        pred = case.predictions(ours, maps, priors)
         return to_dicts(ours.select(ours.score(pred), pred, sizes))
 
     def check() -> None:
         assert_same_detections(by_detcore(), by_torchvision())
 
-    return Row(f"post-processing, B={batch}", check, by_torchvision, by_detcore)
-
-
-def _trained(ours: DenseDetector, setting: Setting, batch: int) -> tuple[Priors, Tensor, Tensor]:
-    priors = priors_of(ours, setting.size)
-    targets = objects(batch, setting.size, 10, setting.num_classes)
-    logits, deltas = trained_outputs(priors, targets, setting.num_classes, threshold=0.05, per_level=setting.per_level)
-    return priors, logits, deltas
+    return Row(f"{case.title}: post-processing, B={batch}", check, by_torchvision, by_detcore)
 
 
 def assert_same_detections(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> None:
@@ -205,9 +180,9 @@ def assert_similar_detections(mine: list[dict[str, Tensor]], theirs: list[dict[s
 # --- whole training step
 
 
-def step_row(setting: Setting, precision: str) -> Row:
+def step_row(case: Case, setting: Setting, precision: str) -> Row:
     """Pictures and objects in, weights updated: what a user's loop does, through the same door on both sides."""
-    theirs, ours = (prepared(model, precision).train() for model in both_detectors(setting))
+    theirs, ours = (prepared(model, precision).train() for model in case.both(setting.size, setting.num_classes))
     images = pictures(setting.batch, setting.size)
     targets = objects(setting.batch, setting.size, setting.objects, setting.num_classes)
 
@@ -227,7 +202,7 @@ def step_row(setting: Setting, precision: str) -> Row:
     def check() -> None:
         alike = objects(setting.batch, setting.size, setting.objects, setting.num_classes, same_boxes=True)
         losses, slopes = [], []
-        for model, names in ((ours, ("cls", "box")), (theirs, ("classification", "bbox_regression"))):
+        for model, names in ((ours, case.terms), (theirs, case.terms.values())):
             model = copy.deepcopy(model)  # noqa: PLW2901  # the statistics of batch norm stay as they are
             with running(precision):
                 terms = model(images, alike)
@@ -239,21 +214,21 @@ def step_row(setting: Setting, precision: str) -> Row:
         assert_close(losses[0], losses[1], rtol=tolerance, atol=0.0)
         assert_close(slopes[0], slopes[1], rtol=tolerance, atol=1e-3 * float(slopes[1].max()))
 
-    return Row(f"training step, {precision}, B={setting.batch}", check, stepper(theirs), stepper(ours))
+    return Row(f"{case.title}: training step, {precision}, B={setting.batch}", check, stepper(theirs), stepper(ours))
 
 
 # --- inference end to end
 
 
-def inference_row(setting: Setting, batch: int, precision: str) -> Row:
+def inference_row(case: Case, setting: Setting, batch: int, precision: str) -> Row:
     """Pictures in, detections out."""
-    theirs, ours = (prepared(model, precision).eval() for model in both_detectors(setting))
+    theirs, ours = (prepared(model, precision).eval() for model in case.both(setting.size, setting.num_classes))
     images = pictures(batch, setting.size)
-    priors, logits, deltas = _trained(ours, setting, batch)
-    answer_with(theirs.head.classification_head.cls_logits, logits, priors, precision)
-    answer_with(theirs.head.regression_head.bbox_reg, deltas, priors, precision)
-    answer_with(ours.head.outputs["logits"], logits, priors, precision)
-    answer_with(ours.head.outputs["deltas"], deltas, priors, precision)
+    priors = priors_of(ours, setting.size)
+    maps = case.trained_maps(ours, priors, batch, setting.size, setting.per_level)
+    for model in (theirs, ours):
+        for name, convolution in case.convolutions(model).items():
+            answer_with(convolution, maps[name], priors, case.per_cell, precision)
 
     def runner(model: nn.Module) -> Callable[[], list[dict[str, Tensor]]]:
         @torch.inference_mode()
@@ -271,15 +246,15 @@ def inference_row(setting: Setting, batch: int, precision: str) -> Row:
         else:
             assert_similar_detections(by_detcore(), by_torchvision())
 
-    return Row(f"inference, {precision}, B={batch}", check, by_torchvision, by_detcore)
+    return Row(f"{case.title}: inference, {precision}, B={batch}", check, by_torchvision, by_detcore)
 
 
-def answer_with(convolution: nn.Module, values: Tensor, priors: Priors, precision: str) -> None:
+def answer_with(convolution: nn.Module, values: Tensor, priors: Priors, per_cell: int, precision: str) -> None:
     """Let the last convolution work as always but answer ``values`` (B, N, n), as if it had been trained."""
     maps = {}
     for level in values.split(priors.counts, dim=1):
-        side = round((level.shape[1] / 9) ** 0.5)  # pictures are square; 9 anchors a cell
-        grid = level.reshape(len(level), side, side, -1).permute(0, 3, 1, 2)  # B, anchor * n + component, y, x
+        side = round((level.shape[1] / per_cell) ** 0.5)  # pictures are square
+        grid = level.reshape(len(level), side, side, -1).permute(0, 3, 1, 2)  # B, prior * n + component, y, x
         if precision == "bf16":
             maps[side] = grid.bfloat16().contiguous(memory_format=torch.channels_last)
         else:
@@ -292,14 +267,17 @@ def answer_with(convolution: nn.Module, values: Tensor, priors: Priors, precisio
 
 def rows(setting: Setting) -> dict[str, Callable[[], Row]]:
     """Name of every comparison to what builds it; built one at a time, because each holds two detectors."""
-    made: dict[str, Callable[[], Row]] = {"loss": functools.partial(loss_row, setting)}
-    for batch in setting.detect_batches:
-        made[f"postprocess-{batch}"] = functools.partial(postprocess_row, setting, batch)
-    for precision in ("fp32", "bf16"):
-        made[f"step-{precision}"] = functools.partial(step_row, setting, precision)
-    for precision in ("fp32", "bf16"):
+    made: dict[str, Callable[[], Row]] = {}
+    for key, case in CASES.items():
+        made[f"{key}-loss"] = functools.partial(loss_row, case, setting)
         for batch in setting.detect_batches:
-            made[f"inference-{precision}-{batch}"] = functools.partial(inference_row, setting, batch, precision)
+            made[f"{key}-postprocess-{batch}"] = functools.partial(postprocess_row, case, setting, batch)
+        for precision in ("fp32", "bf16"):
+            made[f"{key}-step-{precision}"] = functools.partial(step_row, case, setting, precision)
+        for precision in ("fp32", "bf16"):
+            for batch in setting.detect_batches:
+                name = f"{key}-inference-{precision}-{batch}"
+                made[name] = functools.partial(inference_row, case, setting, batch, precision)
     return made
 
 

@@ -19,8 +19,9 @@ def test_torchvision_and_detcore_agree(name):
     rows(SMALL)[name]().check()
 
 
-def test_loss_check_notices_another_loss():
-    row = rows(SMALL)["loss"]()
+@pytest.mark.parametrize("name", ["retinanet-loss", "fcos-loss"])
+def test_loss_check_notices_another_loss(name):
+    row = rows(SMALL)[name]()
     *_, ours = [cell.cell_contents for cell in row.ours.__closure__ if hasattr(cell.cell_contents, "losses")]
     ours.losses["cls"] = (1.001, ours.losses["cls"][1])
     with pytest.raises(AssertionError):
