@@ -89,6 +89,7 @@ ZOO = {
     "retinanet_gfl": Row({"cls", "box"}, 912_975, focal=False),
     "fcos": Row({"cls", "box", "centerness"}, 844_893, {"centerness": 1}, "centerness", steps=150, **POINTS),
     "fcos_improved": Row({"cls", "box", "centerness"}, 844_893, {"centerness": 1}, "centerness", **POINTS),
+    "fcos_association": Row({"cls", "box", "association"}, 844_316, steps=120, **{**POINTS, "normalisers": {}}),
     "iou_aware_fcos": Row(
         {"cls", "box", "centerness", "iou"}, 845_470, {"centerness": 1, "iou": 1}, "iou", steps=150, **POINTS
     ),
