@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from detcore.data import Scenes
-from detcore.evaluation import CocoEvaluator, suppress, with_true_iou
+from detcore.evaluation import CocoEvaluator, correlate, suppress, with_true_iou
+from detcore.evaluation.matching import best_matches
+from detcore.evaluation.pooling import pool_detections, pool_targets
 from detcore.postprocess import select_by_prior
-from detcore.scoring import fused_score
+from detcore.scoring import fuse, fused_score
 from detcore.stored import load_outputs
 
 FILE = Path(__file__).parent.parent / "results/fusion_lab.npz"
@@ -133,10 +135,9 @@ def test_judging_before_suppression_is_worth_more_than_after():
     everything = detect(1.0, 0.0, 0.0, None, max_detections=2000)
     assert max(len(each["labels"]) for each in everything) < 2000  # none was left out
     ranked = with_true_iou(everything, lab().targets)
-    for nms_iou in (0.5, 0.8):
-        before = evaluate(suppress(ranked, nms_iou=nms_iou))
-        after = evaluate(with_true_iou(detect(0.6, 0.4, 0.05, nms_iou), lab().targets))
-        assert before["AP"] > after["AP"]
+    before = evaluate(suppress(ranked))
+    after = evaluate(with_true_iou(detect(0.6, 0.4), lab().targets))
+    assert before["AP"] > after["AP"] + 0.1
 
 
 def test_a_threshold_does_not_raise_precision():
@@ -149,3 +150,52 @@ def test_a_mixture_beats_both_ends_a_little():
     alone, mixed, mostly_quality = (precision(u, v)["AP"] for u, v in ((1.0, 0.0), (0.6, 0.4), (0.1, 0.9)))
     assert 0.002 < mixed - alone < 0.01
     assert mixed - mostly_quality > 0.015
+
+
+def test_the_top_is_a_plateau():
+    numbers = [precision(u, round(1 - u, 1))["AP"] for u in (0.7, 0.4, 0.3)]
+    assert np.ptp(numbers) < 0.005
+    assert max(numbers) == numbers[1]
+
+
+def test_stricter_evaluation_wants_more_lenient_suppression():
+    grid = {k: precision(0.6, 0.4, 0.05, k) for k in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)}
+    best = {name: max(grid, key=lambda k: grid[k][name]) for name in ("AP50", "AP75")}
+    assert best == {"AP50": 0.4, "AP75": 0.7}
+
+
+def test_at_its_lowest_stop_the_threshold_cuts_nothing_and_quality_exceeds_the_class_score():
+    pred = lab().pred
+    used = pred.logits.isfinite()
+    quality = pred.extras["confidence"].sigmoid().expand_as(pred.logits)[used]
+    classes = pred.logits[used].sigmoid()
+    assert (quality > classes).double().mean() > 0.999
+    assert (quality > 0.6).double().mean() > 0.95
+    assert (classes**0.6 * quality**0.4 > 0.05).all()
+
+
+def test_correlation_is_best_at_small_class_exponents_on_objects_and_at_large_ones_elsewhere():
+    truth = pool_targets(lab().targets)
+    everywhere, on_object = {}, {}
+    for u in (0.0, 0.2, 1.0):
+        found = pool_detections(detect(u, 1 - u, 0.0))
+        reached = best_matches(found, truth).iou
+        on = reached >= 0.5
+        everywhere[u] = correlate(found.scores, reached, found.image, bootstrap=0).spearman
+        on_object[u] = correlate(found.scores[on], reached[on], found.image[on], bootstrap=0).spearman
+    assert max(everywhere, key=everywhere.get) == 1.0
+    assert max(on_object, key=on_object.get) == 0.2
+
+
+def test_a_perfect_quality_gains_less_than_a_judge_who_knows_the_class():
+    everything = detect(1.0, 0.0, 0.0, None, max_detections=2000)
+    fits = with_true_iou(everything, lab().targets, class_aware=False)
+    gains = {}
+    for u in (0.6, 0.2):
+        scored = [
+            {**box, "scores": fuse(box["class_scores"].double(), t["scores"], class_power=u, quality_power=1 - u)}
+            for box, t in zip(everything, fits, strict=True)
+        ]
+        gains[u] = evaluate(suppress(scored))["AP"]
+    judged = evaluate(with_true_iou(detect(0.6, 0.4), lab().targets))["AP"]
+    assert precision(0.6, 0.4)["AP"] + 0.03 < gains[0.6] < gains[0.2] < judged - 0.1
