@@ -65,7 +65,7 @@ def best_matches(
     largest = np.zeros(len(detections.image))
     target = np.full(len(detections.image), -1)
     best = np.zeros(len(targets.image))
-    for detection_index, target_index, overlap in _pairs(
+    for detection_index, target_index, overlap in pairs_in_chunks(
         detections, targets, class_aware=class_aware, crowds=crowds, inclusive=inclusive
     ):
         np.maximum.at(best, target_index, overlap)
@@ -79,7 +79,7 @@ def best_matches(
     return BestMatches(largest, target, best)
 
 
-def _pairs(
+def pairs_in_chunks(
     detections: PooledDetections, targets: PooledTargets, *, class_aware: bool, crowds: bool, inclusive: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Detection index, object index and IoU of all pairs that may match, in chunks.
