@@ -51,6 +51,7 @@ def python_rows() -> list[Row]:
         ("dataclasses.dataclass", "py:function", "library/dataclasses.html#$"),
         ("contextlib.AbstractContextManager", "py:class", "library/contextlib.html#$"),
         ("os.PathLike", "py:class", "library/os.html#$"),
+        ("io.BufferedIOBase", "py:class", "library/io.html#$"),
         ("argparse.Namespace", "py:class", "library/argparse.html#$"),
         ("random.Random", "py:class", "library/random.html#$"),
         ("types.MappingProxyType", "py:class", "library/types.html#$"),
