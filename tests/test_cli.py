@@ -272,6 +272,40 @@ def test_diagnose_looks_at_what_nms_had(trained, tmp_path, capsys):
     assert report["num_detections"] <= 40 < report["counts"]["before NMS"]["boxes"]
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "changed"),
+    [
+        (
+            "retinanet_conf",
+            {"anchor_base": 2.0, "quality_loss": "qfl", "negative_weight": 1e-4, "candidates": 20},
+            {"fusion_alpha": None, "min_quality": 0.2},
+        ),
+        (
+            "fcos_association",
+            {"range_base": 4.0, "association": "pce", "beta": 0.5, "candidates": 20},
+            {"score_threshold": 0.01, "nms_iou": 0.5},
+        ),
+    ],
+)
+def test_every_verb_takes_the_detectors_of_other_papers(model, options, changed, tmp_path):
+    folder, found = tmp_path / "run", tmp_path / "found"
+    words, changes = ([f"{key}={value}" for key, value in pairs.items()] for pairs in (options, changed))
+    assert run("train", "--model", model, "--data", SCENES, *PLAIN, *words, "--epochs", 1, "--output", folder) == 0
+    result = read(folder, "result.json")
+    assert result["model"] == {"name": model, "num_classes": 6, "backbone": "tiny", **options}
+
+    used = ["--checkpoint", folder, "--data", SCENES, *DETECT]
+    assert run("eval", *used) == 0
+    assert read(folder, "eval.json")["metrics"] == result["metrics"]
+    assert run("eval", *used, "--output", tmp_path / "changed.json", *changes) == 0
+    assert read(tmp_path, "changed.json")["model"] == {**result["model"], **changed}
+    assert run("predict", *used, "--output", found, "--draw", 1, "score_threshold=0.0", "max_detections=5") == 0
+    assert len(read(found, "results.json")) == 4 * 5
+    assert run("diagnose", *used, "--bootstrap", 0, "--output", tmp_path / "why", "score_threshold=0.0") == 0
+    assert read(tmp_path, "why", "diagnosis.json")["num_detections"] > 4 * 5
+    assert run("train", "--model", model, "--data", SCENES, *PLAIN, *words, "no_such=1", "--output", found) == 2
+
+
 def test_show_draws_data_priors_and_assignments(trained, tmp_path):
     assert run("show", "--data", SCENES, "--count", 1, "--output", tmp_path / "data") == 0
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["boxes_000000.png"]

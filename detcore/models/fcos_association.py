@@ -1,7 +1,7 @@
-"""FCOS with the association loss: class scores learn to say how well their boxes fit.
+"""FCOS with the association loss: the class score of a positive learns to follow the IoU of its box.
 
-Xu et al., association loss for one-stage detectors, 2020. What the paper changes in FCOS: the
-centre-ness branch goes, one loss term comes (Eq. 12); nothing is added to inference.
+Xu et al., association loss for one-stage detectors, 2020. What the paper adds to FCOS: one loss term
+(Eq. 8 or 9). What it takes away: the centre-ness branch, whose part the class score takes over.
 """
 
 from functools import partial
@@ -10,10 +10,8 @@ from typing import Any, Literal
 import torch
 
 from detcore.detector import DenseDetector
-from detcore.losses.association import Association, association_term
-from detcore.losses.terms import LossTerm
+from detcore.losses.association import Association, association_term, pse_loss
 from detcore.models.fcos import Tower, fcos
-from detcore.structures import BACKGROUND, Assignment, Predictions, Priors, Targets
 
 __all__ = ["fcos_association"]
 
@@ -29,39 +27,38 @@ def fcos_association(
     centerness: Tower | None = None,
     **options: Any,
 ) -> DenseDetector:
-    r"""FCOS without centre-ness, with PSE or PCE.
+    r"""FCOS without centre-ness and with the association loss; nothing is added at inference.
 
-    .. math:: L = L_{cls} + L_{loc} + L_{as}
+    .. math:: L = L_{cls} + L_{loc} + w L_{as}, \qquad S = p
 
     Args:
         num_classes: C, >= 1.
-        association: ``"pse"`` or ``"pce"``, see :func:`detcore.losses.association.association_term`.
-        association_weight: of the term, >= 0; at 0 this is FCOS.
-        beta: see there.
-        k: see there.
-        association_score: see there.
-        centerness: none in the paper; with a tower's name FCOS keeps its branch beside the term.
+        association: ``"pse"`` (:func:`~detcore.losses.association.pse_loss`) or ``"pce"``
+            (:func:`~detcore.losses.association.pce_loss`).
+        association_weight: :math:`w`, >= 0; 1 in the paper, 0 is FCOS without centre-ness.
+        beta: of :func:`~detcore.losses.association.pse_loss`, in both kinds a factor like :math:`w`:
+            the paper's Table III varies it.
+        k: of :func:`~detcore.losses.association.pse_loss`.
+        association_score: ``score`` of :func:`~detcore.losses.association.association_term`.
+        centerness: of :func:`detcore.models.fcos.fcos`, for a trial of both together.
         **options: of :func:`detcore.models.fcos.fcos`.
 
     Raises:
         ValueError: if an option is out of range.
 
     Example:
-        >>> list(fcos_association(num_classes=20, backbone="tiny").losses)
-        ['cls', 'box', 'association']
+        >>> detector = fcos_association(num_classes=80, backbone="tiny", association="pce")
+        >>> list(detector.losses), list(detector.head.outputs)
+        (['cls', 'box', 'association'], ['logits', 'deltas'])
     """
+    if association not in ("pse", "pce"):
+        raise ValueError(f'fcos_association: association must be "pse" or "pce"; got {association!r}.')
+    if association_score not in ("label", "max"):
+        raise ValueError(f'fcos_association: association_score must be "label" or "max"; got {association_score!r}.')
     if association_weight < 0:
         raise ValueError(f"fcos_association: association_weight must be >= 0; got {association_weight}.")
-    term = partial(association_term, kind=association, beta=beta, k=k, score=association_score)
-    _try(term)
+    pse_loss(torch.zeros(0), torch.zeros(0), beta=beta, k=k)  # refuses a wrong beta or k, of both kinds
     detector = fcos(num_classes=num_classes, centerness=centerness, **options)
+    term = partial(association_term, kind=association, beta=beta, k=k, score=association_score)
     detector.losses["association"] = (association_weight, term)
     return detector
-
-
-def _try(term: LossTerm) -> None:
-    """On a prior that owns nothing, so that a wrong option is refused when the detector is built."""
-    nothing = torch.zeros(1, 1, 4, device="cpu")  # also where models are built on the meta device
-    nobody = torch.full((1, 1), BACKGROUND, device="cpu")
-    match = Assignment(nobody, nobody, nothing, nothing[..., 0], Targets(nothing, nobody, nobody >= 0))
-    term(Predictions(nothing[..., :1], nothing, nothing, Priors(nothing, (1,))), match)
