@@ -419,3 +419,88 @@ def centerness_box_term(pred, match, loss=log_iou):
 def centerness_term(pred, match):
     logits = pred.extras["centerness"].tolist()
     return over_positives(match, lambda b, n: bce(logits[b][n][0], centerness_of(pred, match, b, n)))
+
+
+# --- the SSD family
+
+
+def ssd_assign(priors, boxes, labels, *, positive_iou=0.5, rule="override", guard=True):
+    """ssd.pytorch's rule, or Caffe's ``MatchBBox``, step by step, for one image.
+
+    Returns:
+        Labels and object index (-1 where there is none) of every prior, as lists.
+    """
+    overlap = [[iou(prior, box) for box in boxes] for prior in priors]
+    owner = [-1] * len(priors)
+    if rule == "override":
+        for j in range(len(boxes)):  # in order: a later object takes the prior of an earlier one
+            best = max(range(len(priors)), key=lambda i, j=j: overlap[i][j])
+            if overlap[best][j] > 0 or not guard:
+                owner[best] = j
+    else:
+        waiting = set(range(len(boxes)))
+        while waiting:
+            free = [(i, j) for i in range(len(priors)) if owner[i] < 0 for j in sorted(waiting)]
+            best = max(free, key=lambda pair: overlap[pair[0]][pair[1]], default=None)
+            if best is None or overlap[best[0]][best[1]] <= 1e-6:
+                break
+            owner[best[0]] = best[1]
+            waiting.remove(best[1])
+    for i, row in enumerate(overlap):
+        if owner[i] < 0 and boxes:
+            own_best = max(range(len(boxes)), key=lambda j, row=row: row[j])
+            owner[i] = own_best if row[own_best] >= positive_iou else -1
+    return [labels[o] if o >= 0 else BACKGROUND for o in owner], owner
+
+
+def hard_negatives(losses, positive, negative, ratio=3.0):
+    """Which priors of one image are kept."""
+    ranked = sorted((n for n in range(len(losses)) if negative[n]), key=lambda n: -losses[n])
+    return set(ranked[: math.floor(ratio * sum(positive))])
+
+
+def softmax_entropy(channels, label):
+    peak = max(channels)
+    return peak + math.log(sum(math.exp(x - peak) for x in channels)) - channels[label]
+
+
+def softmax_mining_term(logits, match, ratio=3.0, weights=None):
+    """``weights``: of each object, (image, slot)."""
+    total = 0.0
+    for b, (rows, labels) in enumerate(zip(logits.tolist(), match.labels.tolist(), strict=True)):
+        away = [softmax_entropy(channels, -1) for channels in rows]
+        hard = hard_negatives(away, [x >= 0 for x in labels], [x == BACKGROUND for x in labels], ratio)
+        for n, label in enumerate(labels):
+            if label >= 0:
+                share = 1.0 if weights is None else weights[b][int(match.index[b, n])]
+                total += share * softmax_entropy(rows[n], label)
+            elif n in hard:
+                total += away[n]
+    return total / num_positive(match)
+
+
+def scale_weight(m, *, alpha=1.0, beta=3.0, form="scb"):
+    if m == 0:
+        return 0.0
+    shares = {
+        "scb": (math.log(m) + alpha) / m,
+        "const": 1.0,
+        "inv": 1 / m,
+        "inv_sqrt": 1 / math.sqrt(m),
+        "inv_log": 1 / (math.log(m) + 1),
+    }
+    return beta * shares[form]
+
+
+def scale_weights(match, *, normalise=None, **options):
+    """Weight of each object, (image, slot)."""
+    counts = [[0] * row.shape[0] for row in match.targets.labels]
+    for b, labels in enumerate(match.labels.tolist()):
+        for n, label in enumerate(labels):
+            if label >= 0:
+                counts[b][int(match.index[b, n])] += 1
+    weights = [[scale_weight(m, **options) for m in row] for row in counts]
+    if normalise is None:
+        return weights
+    every = [w for ms, ws in zip(counts, weights, strict=True) for m, w in zip(ms, ws, strict=True) for _ in range(m)]
+    return [[w * len(every) / sum(every) if every else w for w in row] for row in weights]
