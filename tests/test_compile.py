@@ -9,7 +9,7 @@ from detcore.detector import DenseDetector
 from detcore.models import MODELS
 from detcore.structures import pad_targets
 from tests.test_models import calm, redraw
-from tests.zoo import thin
+from tests.zoo import ZOO, thin
 
 pytestmark = [
     pytest.mark.compile,
@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 EVERY_MODEL = pytest.mark.parametrize("name", sorted(MODELS))
+EVERY_NETWORK = pytest.mark.parametrize("name", [name for name, row in ZOO.items() if not row.like])
 # aot_eager traces and differentiates as the default does and needs no C++ compiler: the claim is one graph with the
 # eager values, not the code that comes of it
 BACKEND = "aot_eager"
@@ -71,7 +72,7 @@ def test_loss_is_one_graph_with_the_eager_values_and_gradients(name):
     assert counter.frame_count == 1  # other objects need no other graph
 
 
-@EVERY_MODEL
+@EVERY_NETWORK
 def test_predict_is_one_graph_with_the_eager_values(name):
     detector = little(name).eval()
     compiled = torch.compile(detector.predict, fullgraph=True, backend=BACKEND)
@@ -86,7 +87,7 @@ def test_predict_is_one_graph_with_the_eager_values(name):
         assert_close(found.extras[extra], value, rtol=1e-5, atol=1e-5)
 
 
-@EVERY_MODEL
+@EVERY_NETWORK
 def test_loss_is_one_graph_under_autocast_and_from_bytes(name):
     detector = little(name)
     images, targets = batch_of(2, 5)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import detcore.postprocess
-from detcore.models import get_model, list_models
+from detcore.models import get_model
 from detcore.structures import Targets
 from tests.counting import LaunchCounter
-from tests.zoo import ZOO
+from tests.zoo import EVERY_NETWORK, ZOO
 
 SIZE = 64
 
@@ -54,7 +54,7 @@ def step_counts(name: str, batch: int, slots: int = 8) -> dict[str, LaunchCounte
     return counts
 
 
-@pytest.mark.parametrize("name", list_models())
+@EVERY_NETWORK
 def test_step_launches_do_not_grow_with_the_batch(name):
     one = step_counts(name, 1)
     for batch in (4, 8):
@@ -63,7 +63,7 @@ def test_step_launches_do_not_grow_with_the_batch(name):
             assert many[stage].launches == counted.launches, f"{stage} at B={batch}"
 
 
-@pytest.mark.parametrize("name", list_models())
+@EVERY_NETWORK
 def test_step_launches_do_not_grow_with_the_objects(name):
     few = step_counts(name, 2, slots=8)
     many = step_counts(name, 2, slots=64)
@@ -71,7 +71,7 @@ def test_step_launches_do_not_grow_with_the_objects(name):
         assert many[stage].launches == counted.launches, stage
 
 
-@pytest.mark.parametrize("name", list_models())
+@EVERY_NETWORK
 def test_step_never_waits_for_the_device(name):
     for stage, counted in step_counts(name, 4).items():
         assert counted.total > 0
@@ -79,7 +79,7 @@ def test_step_never_waits_for_the_device(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", list_models())
+@EVERY_NETWORK
 def test_step_never_waits_for_a_real_gpu(name, gpu):
     detector = model(name).to(gpu).train()
     images, targets = pictures(4).to(gpu), some_targets(4).to(gpu)
@@ -118,6 +118,7 @@ EVERY_SELECT = pytest.mark.parametrize(
         pytest.param(name, options, waits, id="-".join([name, *options.values()]))
         for name, row in ZOO.items()
         for options, waits in row.selects
+        if not row.like
     ],
 )
 

@@ -10,8 +10,15 @@ from torchvision.models.detection import ssd as torchvision_ssd
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator as TorchvisionGenerator
 from torchvision.models.vgg import cfgs, make_layers
 
+from detcore.coders import DeltaCoder
+from detcore.losses.refine import surely_background
+from detcore.models.dssd import dssd320, dssd321, dssd512, dssd513
+from detcore.models.fssd import FusedPyramid, fssd300, fssd512
+from detcore.models.refinedet import RefineHead, TransferConnections, refined_score, refinedet320, refinedet512
 from detcore.models.ssd import from_torchvision, ssd300, ssd512
 from detcore.nn import TinyTrunk
+from detcore.scoring import softmax_score
+from detcore.structures import Priors, pad_targets
 from tests.samples import no_hook
 
 
@@ -36,6 +43,14 @@ SSD300_MAPS = [(512, 38), (1024, 19), (512, 10), (256, 5), (256, 3), (256, 1)]
 SSD512_MAPS = [(512, 64), (1024, 32), (512, 16), (256, 8), (256, 4), (256, 2), (256, 1)]
 
 
+FSSD300_MAPS = [(512, 38), (512, 19), (256, 10), (256, 5), (256, 3), (256, 1)]
+FSSD512_MAPS = [(512, 64), (512, 32), (256, 16), (256, 8), (256, 4), (256, 2), (256, 1)]
+DSSD320_MAPS = [(1024, side) for side in (40, 20, 10, 5, 3, 1)]
+DSSD512_MAPS = [(1024, side) for side in (64, 32, 16, 8, 4, 2, 1)]
+REFINE320_MAPS = [(512, 40), (512, 20), (1024, 10), (512, 5)]
+REFINE512_MAPS = [(512, 64), (512, 32), (1024, 16), (512, 8)]
+
+
 @pytest.mark.parametrize(
     ("factory", "classes", "parameters", "maps", "priors"),
     [
@@ -43,10 +58,19 @@ SSD512_MAPS = [(512, 64), (1024, 32), (512, 16), (256, 8), (256, 4), (256, 2), (
         (ssd300, 80, 34_305_206, SSD300_MAPS, 8732),
         (ssd512, 20, 27_188_676, SSD512_MAPS, 24564),
         (ssd512, 80, 36_038_196, SSD512_MAPS, 24564),
+        (fssd300, 20, 33_902_510, FSSD300_MAPS, 8732),
+        (fssd512, 20, 35_297_092, FSSD512_MAPS, 24564),
+        (dssd320, 20, 153_388_784, DSSD320_MAPS, 17080),
+        (dssd321, 20, 172_380_912, DSSD320_MAPS, 17080),
+        (dssd512, 20, 156_294_584, DSSD512_MAPS, 43688),
+        (dssd513, 20, 175_286_712, DSSD512_MAPS, 43688),
+        (refinedet320, 20, 34_440_884, REFINE320_MAPS, 6375),
+        (refinedet512, 20, 34_440_884, REFINE512_MAPS, 16320),
+        (refinedet320, 80, 36_100_484, REFINE320_MAPS, 6375),
     ],
 )
-def test_ssd_has_the_published_size(factory, classes, parameters, maps, priors):
-    detector = on_meta(factory, num_classes=classes)
+def test_detector_has_the_published_size(factory, classes, parameters, maps, priors):
+    detector = on_meta(factory, num_classes=classes).eval()
     assert count(detector) == parameters
     found, pred = maps_of(detector, detector.priors.layout.size)
     assert found == maps
@@ -103,6 +127,167 @@ def test_warped_pictures_come_back_in_their_own_pixels():
 def test_ssd_refuses_wrong_options_when_it_is_built(options, message):
     with no_hook(), pytest.raises(ValueError, match=message):
         ssd300(**{"num_classes": 2, "backbone": TinyTrunk((4, 4, 4, 4, 4)), **options})
+
+
+@pytest.mark.parametrize(
+    ("factory", "options", "message"),
+    [
+        (fssd300, {"size": 300}, "multiple values"),
+        (fssd300, {"boxes": "lvis"}, 'fssd: boxes must be "voc" or "coco"; got .lvis'),
+        (dssd320, {"merge": "max"}, 'merge must be "product" or "sum"; got .max'),
+        (dssd320, {"middle_kernel": 2}, "middle_kernel must be 3 or 1; got 2"),
+        (dssd320, {"backbone": "vgg16"}, 'dssd: backbone must be "resnet50", .*; got vgg16'),
+        (dssd320, {"norm": "fixed"}, "norm only apply to resnet50 and resnet101"),
+        (refinedet320, {"min_objectness": 2.0}, r"min_objectness must be in \[0, 1\]; got 2.0"),
+        (refinedet320, {"mining_ratio": -1.0}, "ratio must be >= 0"),
+    ],
+)
+def test_family_refuses_wrong_options(factory, options, message):
+    with no_hook(), pytest.raises((ValueError, TypeError), match=message):
+        factory(**{"num_classes": 2, "backbone": TinyTrunk((4, 4, 4, 4, 4)), "channels": 8, **options})
+
+
+# --- FSSD
+
+
+def test_fused_pyramid_by_hand():
+    body = FusedPyramid(TinyTrunk((4, 4, 4, 6, 8)), (0, 1, 2), 2, [(5, 3, 1, 1)]).eval()
+    images = torch.randn(1, 3, 96, 96)
+    fine, middle, coarse = body.body(images)
+    reduced = [torch.relu(layer[0](m)) for layer, m in zip(body.reduce, (fine, middle, coarse), strict=True)]
+    row = reduced[2][0, 1, 1]  # three cells to twelve: cell i is centred at (i + 1/2) / 4 - 1/2 = -3/8, -1/8, 1/8, ...
+    fused = []
+    body.norm.register_forward_hook(lambda module, given, result: fused.append(given[0]))
+    assert body(images)[0].shape == (1, 5, 12, 12)
+    assert fused[0].shape == (1, 6, 12, 12)
+    assert_close(fused[0][:, :2], reduced[0])
+    enlarged = nn.functional.interpolate(reduced[2][:, 1:2, 1:2], size=(1, 12), mode="bilinear")[0, 0, 0]
+    assert_close(enlarged[2], row[0] * 0.875 + row[1] * 0.125)
+    expected = nn.functional.interpolate(reduced[2], scale_factor=4, mode="bilinear")
+    assert_close(fused[0][:, 4:], expected)
+
+
+def test_fssd_on_vgg_fuses_conv4_3_fc7_and_conv7_2():
+    detector = on_meta(fssd300)
+    with torch.device("meta"):
+        maps = detector.body.body(torch.zeros(1, 3, 300, 300))
+    assert [(m.shape[1], m.shape[2]) for m in maps] == [(512, 38), (1024, 19), (512, 19), (256, 10)]
+    assert detector.body.sources == (0, 1, 3)
+    assert not detector.body.body.norms
+
+
+# --- DSSD
+
+
+@pytest.mark.parametrize(("factory", "side"), [(dssd320, 321), (dssd512, 513)])
+def test_dssd_needs_caffes_pooling_on_odd_pictures(factory, side):
+    other = on_meta(factory).eval()
+    with pytest.raises(ValueError, match=r"maps must be halves of each other; .*DilatedResNetTrunk\(pool="):
+        maps_of(other, side)
+
+
+def test_dssd_has_wide_kernels_on_its_two_finest_levels():
+    detector = dssd320(num_classes=2, backbone="tiny", channels=8)
+    for convolutions in detector.head.outputs.values():
+        assert [conv.kernel_size[0] for conv in convolutions] == [5, 5, 3, 3, 3, 3]
+
+
+def test_dssd_takes_the_papers_prediction_module_too():
+    plain, small = (on_meta(dssd320, middle_kernel=kernel) for kernel in (3, 1))
+    assert count(plain) - count(small) == 6 * 256 * 256 * 8  # six modules, nine weights a pair of channels to one
+
+
+# --- RefineDet
+
+
+def test_transfer_connections_by_hand():
+    block = TransferConnections([3, 4], 2)
+    fine, coarse = torch.randn(1, 3, 5, 5), torch.randn(1, 4, 3, 3)
+    found = block([fine, coarse])
+    inside = [layer[2](torch.relu(layer[0](m))) for layer, m in zip(block.inside, (fine, coarse), strict=True)]
+    top = torch.relu(block.outside[1][0](torch.relu(inside[1])))
+    bottom = torch.relu(block.outside[0][0](torch.relu(inside[0] + block.up[0](top)[..., :5, :5])))
+    assert_close(found[1], top)
+    assert_close(found[0], bottom)
+
+
+def refine_head():
+    torch.manual_seed(0)
+    head = RefineHead([4, 4], [2, 2], 4, DeltaCoder((10.0, 10.0, 5.0, 5.0)), width=4)
+    features = [torch.randn(2, 4, 4, 4), torch.randn(2, 4, 2, 2)]
+    corner = torch.rand(1, 40, 2) * 50
+    priors = Priors(torch.cat([corner, corner + 20], dim=-1), (32, 8), corner[0])
+    return head, features, priors
+
+
+def test_refine_head_moves_its_priors_twice():
+    head, features, priors = refine_head()
+    pred = head(features, priors)
+    x1, y1, x2, y2 = priors.boxes[0, 7].tolist()
+    for deltas, start, found in (
+        (pred.extras["arm_deltas"][1, 7], (x1, y1, x2, y2), pred.priors.boxes[1, 7]),
+        (pred.deltas[1, 7], pred.priors.boxes[1, 7].tolist(), pred.boxes[1, 7]),
+    ):
+        dx, dy, dw, dh = deltas.tolist()
+        w, h = start[2] - start[0], start[3] - start[1]
+        x, y = start[0] + w / 2 + 0.1 * dx * w, start[1] + h / 2 + 0.1 * dy * h
+        w, h = w * torch.tensor(0.2 * dw).exp().item(), h * torch.tensor(0.2 * dh).exp().item()
+        assert_close(found, torch.tensor([x - w / 2, y - h / 2, x + w / 2, y + h / 2]), rtol=0, atol=1e-3)
+    assert pred.extras["arm_priors"] is priors.boxes
+    assert pred.priors.counts == priors.counts
+    assert pred.priors.cells is priors.cells
+    assert (pred.priors.boxes - priors.boxes).abs().max() > 1
+
+
+def test_second_step_does_not_teach_the_first_to_move_boxes():
+    detector = refinedet320(num_classes=3, backbone=TinyTrunk((4, 4, 4, 4, 4)), channels=8)
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 50]]), "labels": torch.tensor([1])}
+    losses = detector.loss(torch.rand(1, 3, 64, 64), pad_targets([target]))
+    (losses["cls"] + losses["box"]).backward()
+    outputs = detector.head.outputs
+    assert all(conv.weight.grad is None for name in ("arm_deltas", "objectness") for conv in outputs[name])
+    assert any(conv.weight.grad.abs().sum() > 0 for conv in outputs["deltas"])
+    assert detector.body.extras[0][0][0].weight.grad.abs().sum() > 0  # the maps are shared
+
+
+def test_without_movement_the_second_step_is_a_plain_head():
+    head, features, priors = refine_head()
+    with torch.no_grad():
+        for conv in head.outputs["arm_deltas"]:
+            conv.weight.zero_()
+    pred = head(features, priors)
+    assert_close(pred.priors.boxes, priors.boxes.expand(2, -1, -1), rtol=0, atol=1e-4)
+
+
+def test_refined_score_is_zero_where_the_first_step_saw_nothing():
+    head, features, priors = refine_head()
+    with torch.no_grad():
+        for conv in head.outputs["objectness"]:
+            conv.weight.mul_(8.0)
+    pred = head(features, priors)
+    nothing = pred.extras["objectness"].softmax(-1)[..., 0] < 0.01
+    assert nothing.any()
+    assert not nothing.all()
+    scores = refined_score(pred)
+    assert scores.ranking[nothing].eq(0).all()
+    assert scores.classes[nothing].eq(0).all()
+    assert scores.ranking[~nothing].equal(softmax_score(pred).ranking[~nothing])
+    assert refined_score(pred, min_objectness=0.0).ranking.equal(softmax_score(pred).ranking)
+    assert surely_background(pred).equal(nothing)
+
+
+def test_refinedet_passes_its_options_to_both_steps():
+    trunk = TinyTrunk((4, 4, 4, 4, 4))
+    options = {"min_objectness": 0.1, "mining_ratio": 2.0, "positive_iou": 0.6, "rule": "bipartite"}
+    detector = refinedet320(num_classes=3, backbone=trunk, channels=8, **options)
+    terms = {name: term.keywords for name, (_, term) in detector.losses.items()}
+    assert terms["cls"] == {"ratio": 2.0, "least": 0.1}
+    assert terms["arm_cls"]["ratio"] == 2.0
+    for name in ("arm_cls", "arm_box"):
+        assert terms[name]["assign"].keywords == {"positive_iou": 0.6, "rule": "bipartite"}
+    assert detector.score.keywords == {"min_objectness": 0.1}
+    assert detector.select.keywords["candidates"] == 1000
+    assert [norm.weight[0].item() for norm in detector.body.norms.values()] == [10.0, 8.0]
 
 
 # --- torchvision's SSD300

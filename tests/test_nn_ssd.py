@@ -10,6 +10,15 @@ from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from detcore.coders import DeltaCoder
 from detcore.nn import TinyTrunk
+from detcore.nn.deconvolution import (
+    DeconvolutionModule,
+    DeconvolutionPyramid,
+    ResidualBlock,
+    StageShape,
+    UpShape,
+    group_norm,
+)
+from detcore.nn.dilated import DilatedResNetTrunk
 from detcore.nn.level_head import LevelHead, flatten_map
 from detcore.nn.pyramids import ExtraShape, L2Norm, SSDPyramid, convolution, extra_layers, halving_extras
 from detcore.nn.vgg import VGGTrunk
@@ -216,6 +225,69 @@ def test_pyramid_normalises_the_source_but_not_what_the_extras_see():
     assert b[3].equal(a[3])
 
 
+# --- DSSD's parts
+
+
+@pytest.mark.parametrize(
+    ("pool", "side", "expected"),
+    [
+        ("torchvision", 320, [40, 20]),
+        ("torchvision", 512, [64, 32]),
+        ("torchvision", 321, [41, 21]),
+        ("torchvision", 513, [65, 33]),
+        ("caffe", 321, [40, 20]),
+        ("caffe", 513, [64, 32]),
+    ],
+)
+def test_dilated_resnet_maps(pool, side, expected):
+    with torch.device("meta"):
+        trunk = DilatedResNetTrunk("resnet50", pool=pool)
+        maps = trunk(torch.zeros(2, 3, side, side))
+    assert [m.shape[-1] for m in maps] == expected
+    assert tuple(m.shape[1] for m in maps) == trunk.channels == (512, 2048)
+    assert {m.dilation for m in trunk.layer4.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)} == {
+        (1, 1),  # of the first block, whose input is not dilated yet
+        (2, 2),
+    }
+
+
+def test_dilated_resnet_norm_follows_its_weights():
+    with torch.device("meta"):
+        norms = {norm: type(DilatedResNetTrunk("resnet50", norm=norm).stem[1]).__name__ for norm in ("fixed", "batch")}
+        assert type(DilatedResNetTrunk("resnet50").stem[1]).__name__ == "BatchNorm2d"
+    assert norms == {"fixed": "FixedBatchNorm2d", "batch": "BatchNorm2d"}
+
+
+def test_residual_block_by_hand():
+    block = ResidualBlock(6, 8, StageShape(2, 2), norm=lambda _: nn.Identity())
+    x = torch.randn(1, 6, 4, 4)
+    first, second, third = (m.weight for m in block.main if isinstance(m, nn.Conv2d))
+    assert [tuple(w.shape) for w in (first, second, third)] == [(2, 6, 2, 2), (2, 2, 3, 3), (8, 2, 1, 1)]
+    main = F.conv2d(F.relu(F.conv2d(F.relu(F.conv2d(x, first, stride=2)), second, padding=1)), third)
+    assert_close(block(x), F.relu(main + F.conv2d(x, block.shortcut[0].weight, stride=2)))
+
+
+@pytest.mark.parametrize(("merge", "combine"), [("product", torch.mul), ("sum", torch.add)])
+def test_deconvolution_module_by_hand(merge, combine):
+    module = DeconvolutionModule(3, 2, 4, UpShape(2, 2), merge=merge, norm=lambda _: nn.Identity())
+    coarse, fine = torch.randn(1, 3, 2, 2), torch.randn(1, 2, 3, 3)
+    enlarged = module.up(coarse)
+    assert enlarged.shape == (1, 4, 4, 4)
+    left = F.conv2d(enlarged[..., :3, :3], module.coarse[0].weight, padding=1)
+    one, two = (m.weight for m in module.fine if isinstance(m, nn.Conv2d))
+    right = F.conv2d(F.relu(F.conv2d(fine, one, padding=1)), two, padding=1)
+    assert_close(module(coarse, fine), F.relu(combine(left, right)))
+
+
+@pytest.mark.parametrize("side", [64, 96, 128])
+def test_deconvolution_pyramid_on_a_small_trunk_takes_any_picture(side):
+    body = DeconvolutionPyramid(
+        TinyTrunk((4, 4, 4, 4, 4)), [StageShape(3, 2, 1)] * 3, [UpShape()] * 5, 8, norm=group_norm
+    )
+    one = body.train()(torch.randn(1, 3, side, side))  # one cell of one picture, in training
+    assert [m.shape[1:] for m in one] == [(8, s, s) for s in (side // 8, side // 16, side // 32, -(-side // 64), 1, 1)]
+
+
 # --- head
 
 
@@ -270,6 +342,10 @@ def test_level_head_has_kernels_and_extras():
             lambda: empty_trunk().copy_from(torchvision_vgg(batch_norm=True)),
             "net must be torchvision's vgg16; got other",
         ),
+        (lambda: DilatedResNetTrunk("resnet18"), 'name must be "resnet50" or "resnet101"; got .resnet18'),
+        (lambda: DilatedResNetTrunk("resnet50", norm="group"), 'norm must be "fixed" or "batch"; got .group'),
+        (lambda: DilatedResNetTrunk("resnet50", pool="max"), 'pool must be "torchvision" or "caffe"; got .max'),
+        (lambda: DeconvolutionModule(2, 2, 2, merge="max"), 'merge must be "product" or "sum"; got .max'),
         (lambda: LevelHead([4], [2, 3], 5, DeltaCoder()), r"must have one value a level; got \(4,\), \(2, 3\) and"),
         (lambda: LevelHead([4], [2], 5, DeltaCoder(), kernels=[3, 3]), "must have one value a level"),
         (lambda: LevelHead([4], [2], 5, DeltaCoder(), extras={"deltas": 1}), "extras must have names of their own"),

@@ -6,12 +6,14 @@ A new detector is one row here; ``test_models``, ``test_launches`` and ``test_co
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import pytest
 from torch import Tensor
 
 from detcore.assigners import centerness_target
 from detcore.models import get_model
 from detcore.nn import TinyTrunk
-from detcore.structures import Assignment, Predictions
+from detcore.ssd_assigner import ssd_assign
+from detcore.structures import Assignment, Predictions, Priors
 
 BY_PRIOR = ({"candidates_by": "prior"}, {"nonzero": 1})  # it waits for how many pairs pass the threshold
 BY_PAIR = ({"candidates_by": "pair"}, {"nonzero": 1, "index by mask": 1})  # and how many are among their level's best
@@ -34,6 +36,8 @@ class Row:
         softmax: whether its logits have a last channel for background, and hard negatives are mined.
         has_towers: whether its head has towers, of a ``depth``.
         detections: how many it gives at most.
+        rounding: how far a loss may be off under autocast, relatively.
+        like: the detector with the same code on another size of pictures, see :data:`EVERY_NETWORK`.
         steps: of training until two pictures are known by heart.
         normalisers: what a term is divided by where that is not the number of positives.
     """
@@ -50,6 +54,8 @@ class Row:
     softmax: bool = False
     has_towers: bool = True
     detections: int = 100
+    rounding: float = 0.02
+    like: str | None = None
     steps: int = 60
     normalisers: Mapping[str, Callable[[Predictions, Assignment], Tensor]] = field(default_factory=dict)
 
@@ -79,6 +85,24 @@ DEFAULT_BOXES = {
     "has_towers": False,
     "detections": 200,
 }
+
+
+def arm_positives(pred: Predictions, match: Assignment) -> Tensor:
+    """Of RefineDet's first step."""
+    priors = Priors(pred.extras["arm_priors"], pred.priors.counts, pred.priors.cells)
+    return ssd_assign(priors, match.targets).num_positive
+
+
+REFINED = {
+    **DEFAULT_BOXES,
+    "extras": {"objectness": 2, "arm_deltas": 4, "arm_priors": 4},
+    "per_cell": 3,
+    "sides": (16, 8, 4, 2),
+    "detections": 500,
+    "rounding": 0.1,  # moved priors are matched anew, and some pass or miss the threshold by a hair
+    "normalisers": {"arm_cls": arm_positives, "arm_box": arm_positives},
+}
+REFINED_TERMS = {"arm_cls", "arm_box", "cls", "box"}
 LEVELS_300 = {"per_cell": (4, 6, 6, 6, 4, 4), "sides": (16, 8, 4, 2, 1, 1), **DEFAULT_BOXES}
 LEVELS_512 = {"per_cell": (4, 6, 6, 6, 6, 4, 4), "sides": (16, 8, 4, 2, 1, 1, 1), **DEFAULT_BOXES}
 
@@ -94,8 +118,21 @@ ZOO = {
         {"cls", "box", "centerness", "iou"}, 845_470, {"centerness": 1, "iou": 1}, "iou", steps=150, **POINTS
     ),
     "ssd300": Row({"cls", "box"}, 732_576, **LEVELS_300),
-    "ssd512": Row({"cls", "box"}, 780_848, **LEVELS_512),
+    "ssd512": Row({"cls", "box"}, 780_848, like="ssd300", **LEVELS_512),
+    "fssd300": Row({"cls", "box"}, 941_568, **LEVELS_300),
+    "fssd512": Row({"cls", "box"}, 1_006_192, like="fssd300", **LEVELS_512),
+    "dssd320": Row({"cls", "box"}, 1_314_160, **{**LEVELS_300, "per_cell": 8}),
+    "dssd321": Row({"cls", "box"}, 1_314_160, like="dssd320", **{**LEVELS_300, "per_cell": 8}),
+    "dssd512": Row({"cls", "box"}, 1_448_208, like="dssd320", **{**LEVELS_512, "per_cell": 8}),
+    "dssd513": Row({"cls", "box"}, 1_448_208, like="dssd320", **{**LEVELS_512, "per_cell": 8}),
+    "refinedet320": Row(REFINED_TERMS, 1_171_832, **REFINED),
+    "refinedet512": Row(REFINED_TERMS, 1_171_832, like="refinedet320", **REFINED),
 }
+
+EVERY_NETWORK = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if row.like else []) for name, row in ZOO.items()]
+)
+"""For what depends on the code alone: the same network on another size of pictures only in a whole run."""
 
 
 def small(name, **options):

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models import fcos, fcos_association, gfl, iou_aware, retinanet, retinanet_conf, ssd
+from detcore.models import dssd, fcos, fcos_association, fssd, gfl, iou_aware, refinedet, retinanet, retinanet_conf, ssd
+from detcore.models.scale_balanced import balanced
 
 __all__ = ["MODELS", "get_model", "list_models"]
 
@@ -22,6 +23,14 @@ MODELS: dict[str, Callable[..., DenseDetector]] = {
     "iou_aware_fcos": iou_aware.iou_aware_fcos,
     "ssd300": ssd.ssd300,
     "ssd512": ssd.ssd512,
+    "fssd300": fssd.fssd300,
+    "fssd512": fssd.fssd512,
+    "dssd320": dssd.dssd320,
+    "dssd321": dssd.dssd321,
+    "dssd512": dssd.dssd512,
+    "dssd513": dssd.dssd513,
+    "refinedet320": refinedet.refinedet320,
+    "refinedet512": refinedet.refinedet512,
 }
 """Name to factory."""
 
@@ -35,6 +44,17 @@ _PASSES_ON_TO: dict[Callable[..., DenseDetector], Callable[..., DenseDetector]] 
     ssd.ssd300: ssd.ssd,
     ssd.ssd512: ssd.ssd,
     ssd.ssd: ssd.ssd_detector,
+    fssd.fssd300: fssd.fssd,
+    fssd.fssd512: fssd.fssd,
+    fssd.fssd: ssd.ssd_detector,
+    dssd.dssd320: dssd.dssd,
+    dssd.dssd321: dssd.dssd,
+    dssd.dssd512: dssd.dssd,
+    dssd.dssd513: dssd.dssd,
+    dssd.dssd: ssd.ssd_detector,
+    refinedet.refinedet320: refinedet.refinedet,
+    refinedet.refinedet512: refinedet.refinedet,
+    refinedet.refinedet: ssd.ssd_detector,
 }
 """Factory to the function that its ``**options`` go to."""
 
@@ -67,11 +87,14 @@ def get_model(
             ``"vgg16_bn"`` in the SSD family. ``None``: the factory's default.
         weights_backbone: ImageNet weights for the trunk, as in torchvision: an enum or
             ``"DEFAULT"``; ``None`` starts from random weights.
-        **options: of the factory, e.g. ``detach_iou_target=False``; see its documentation.
+        **options: of the factory, e.g. ``detach_iou_target=False``; see its documentation. And for any
+            detector ``balance="scb"`` and its companions, see
+            :func:`detcore.models.scale_balanced.balanced`.
 
     Raises:
         KeyError: if the name is unknown.
         TypeError: if the factory has no such option.
+        ValueError: if an option is out of range.
 
     Example:
         >>> detector = get_model("iou_aware_retinanet", num_classes=20, backbone="tiny")
@@ -80,12 +103,15 @@ def get_model(
     """
     if name not in MODELS:
         raise KeyError(f"get_model: name must be one of {list_models()}; got {name!r}.")
-    factory, known = MODELS[name], _options(MODELS[name])
+    factory, balance = MODELS[name], _options(balanced)
+    known = _options(factory) | balance
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"get_model: {name} has no option {', '.join(unknown)}; it has {sorted(known)}.")
     backbone = known["backbone"] if backbone is None else backbone
-    detector = factory(num_classes=num_classes, backbone=backbone, weights_backbone=weights_backbone, **options)
+    own = {key: value for key, value in options.items() if key not in balance}
+    detector = factory(num_classes=num_classes, backbone=backbone, weights_backbone=weights_backbone, **own)
+    detector = balanced(detector, **{key: value for key, value in options.items() if key in balance})
     # a checkpoint brings its own weights: rebuilding from it must not download ImageNet's again, but what
     # follows from having had them (see ResNetTrunk) has to be said
     trunk: dict[str, Any] = {"backbone": backbone} if isinstance(backbone, str) else {}
