@@ -313,7 +313,7 @@ def test_scale_balanced_balances_the_first_step_of_two():
     plain = dict(detector.losses)
     detector.losses = {"arm_cls": plain["cls"], "arm_box": plain["box"], **plain}
     scale_balanced(detector)
-    assert {k for k, (_, term) in detector.losses.items() if "weight" in term.keywords} == {"arm_cls", "arm_box"}
+    assert set(weights_in(detector)) == {"arm_cls", "arm_box"}
 
 
 def test_scale_balanced_names_what_is_wrong():
@@ -322,7 +322,7 @@ def test_scale_balanced_names_what_is_wrong():
     twice = scale_balanced(fresh("retinanet"), terms="cls")
     with pytest.raises(TypeError, match="the term 'cls' has a weight already"):
         scale_balanced(twice)
-    assert "weight" not in twice.losses["box"][1].keywords  # all or nothing
+    assert set(weights_in(twice)) == {"cls"}  # all or nothing
     stubborn = fresh("retinanet")
     stubborn.losses["box"] = (1.0, lambda pred, match: pred.deltas.sum())
     with pytest.raises(TypeError, match=r"the term 'box' must take a weight; it takes \['match', 'pred'\]"):
@@ -330,6 +330,24 @@ def test_scale_balanced_names_what_is_wrong():
     del stubborn.losses["box"]
     with pytest.raises(ValueError, match=r"detector must have the terms \['cls', 'box'\]; it has \['cls'\]"):
         scale_balanced(stubborn)
+
+
+def weights_in(detector):
+    """Weight of every term that has one."""
+    bound = {name: getattr(term, "keywords", {}) for name, (_, term) in detector.losses.items()}
+    return {name: keywords["weight"] for name, keywords in bound.items() if "weight" in keywords}
+
+
+@pytest.mark.parametrize("name", ["retinanet", "fcos", "ssd300", "refinedet320"])
+def test_get_model_balances_any_detector_and_remembers(name):
+    options = {"balance": "inv_sqrt", "balance_terms": "cls", "balance_beta": 2.0, "balance_normalise": "mean"}
+    detector = get_model(name, num_classes=3, backbone="tiny", **options)
+    assert options.items() <= detector.spec.items()
+    [(term, weight)] = weights_in(detector).items()
+    assert term == ("arm_cls" if name.startswith("refinedet") else "cls")
+    assert weight.keywords == {"form": "inv_sqrt", "alpha": 1.0, "beta": 2.0, "normalise": "mean"}
+    assert get_model(**detector.spec).losses.keys() == detector.losses.keys()
+    assert not weights_in(get_model(name, num_classes=3, backbone="tiny"))
 
 
 def test_launches_do_not_grow_with_batch_or_objects_and_nothing_waits():

@@ -19,7 +19,7 @@ from detcore.detector import DenseDetector
 from detcore.losses.scale_balanced import Normalise, ScaleForm, scale_balance, scale_balanced_weight
 from detcore.losses.terms import LossTerm
 
-__all__ = ["BalancedTerms", "scale_balanced"]
+__all__ = ["BalancedTerms", "balanced", "scale_balanced"]
 
 BalancedTerms = Literal["both", "cls", "loc"]
 
@@ -79,6 +79,47 @@ def scale_balanced(
         balanced[name] = (share, partial(term, weight=weight))
     detector.losses.update(balanced)
     return detector
+
+
+def balanced(
+    detector: DenseDetector,
+    *,
+    balance: ScaleForm | None = None,
+    balance_terms: BalancedTerms = "both",
+    balance_alpha: float = 1.0,
+    balance_beta: float = 3.0,
+    balance_normalise: Normalise | None = None,
+) -> DenseDetector:
+    """:func:`scale_balanced` as options of :func:`detcore.models.get_model`, so that checkpoints remember them.
+
+    Args:
+        detector: as made by its factory.
+        balance: the form; ``None`` changes nothing, whatever the others say.
+        balance_terms: ``terms`` of :func:`scale_balanced`.
+        balance_alpha: ``alpha`` there.
+        balance_beta: ``beta`` there.
+        balance_normalise: ``normalise`` there.
+
+    Raises:
+        ValueError: if an option is out of range.
+        TypeError: if a term of the detector takes no weight.
+
+    Example:
+        >>> from detcore.models import get_model
+        >>> detector = get_model("retinanet", num_classes=20, backbone="tiny", balance="scb", balance_terms="cls")
+        >>> detector.spec["balance"], detector.losses["cls"][1].keywords["weight"].keywords["form"]
+        ('scb', 'scb')
+    """
+    if balance is None:
+        return detector
+    return scale_balanced(
+        detector,
+        form=balance,
+        terms=balance_terms,
+        alpha=balance_alpha,
+        beta=balance_beta,
+        normalise=balance_normalise,
+    )
 
 
 def _check_term(name: str, term: LossTerm) -> None:
