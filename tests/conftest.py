@@ -6,6 +6,7 @@ Nothing of detcore is imported here: the shape hook (``--jaxtyping-packages``) m
 import os
 import pathlib
 import random
+import sys
 
 # Before torch starts its pools. Two test processes with a pool each would fight over two cores, and sums that
 # are split over threads differ in their last bits from machine to machine.
@@ -29,6 +30,14 @@ def seeds():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  # libraries under test may use the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def figures():
+    """Figures that a test leaves open are not the next one's business."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.fixture(scope="session")
