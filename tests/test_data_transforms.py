@@ -7,6 +7,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detcore.boxes import pairwise_iou
+from detcore.data import ssd_crop
 from detcore.data.batch import PAD_COLOUR
 from detcore.data.transforms import (
     PER_OBJECT,
@@ -15,6 +16,7 @@ from detcore.data.transforms import (
     SsdCrop,
     drop_empty,
     flip_transform,
+    learn_difficult,
     retinanet_transform,
     square_transform,
     ssd_transform,
@@ -266,6 +268,112 @@ def test_ssd_crop_rules_differ():
         shares[rule] = float((pairwise_iou(windows, boxes).amax(1) >= 0.5).float().mean())
     assert shares["some"] > 0.45
     assert shares["all"] < 0.4
+
+
+def test_ssd_crop_draws_evenly_among_the_ways_that_can_be_gone():
+    # No window of at least 0.3 x 0.3 overlaps so small an object by 0.1: only "whole" and "free" are left.
+    boxes = torch.tensor([[80.0, 60.0, 84.0, 63.0]])
+    windows = [SsdCrop(100).window(boxes, CANVAS).tolist() for _ in range(300)]
+    assert 0.4 < sum(window == CANVAS.tolist() for window in windows) / 300 < 0.6
+
+
+def test_ssd_crop_asks_for_the_published_overlaps(monkeypatch):
+    # One object as large as the canvas: the IoU of a window is its area. Way by way, the least area drawn.
+    boxes, least = CANVAS[None], {}
+    for way in range(1, 7):
+        monkeypatch.setattr(torch, "randperm", lambda n, way=way: torch.tensor([way]))
+        areas = []
+        for _ in range(150):
+            x1, y1, x2, y2 = SsdCrop(100).window(boxes, CANVAS).tolist()
+            areas.append((x2 - x1) * (y2 - y1) / (160 * 120))
+        least[way] = min(areas)
+    bounds = {1: 0.09, 2: 0.1, 3: 0.3, 4: 0.5, 5: 0.7, 6: 0.9}  # 0.09: sides of 0.3
+    for way, bound in bounds.items():
+        assert bound - 1e-5 <= least[way] < bound + 0.1
+
+
+def test_ssd_windows_have_the_published_shapes():
+    windows = ssd_crop._draw_windows(4000, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    wide, tall = (windows[:, 2:] - windows[:, :2]).unbind(1)
+    side, ratio = (wide * tall).sqrt(), wide / tall
+    assert 0.3 - 1e-5 <= side.min() < 0.32
+    assert 0.98 < side.max() <= 1
+    assert (ratio >= (side * side).clamp(min=0.5) - 1e-4).all()
+    assert (ratio <= (1 / (side * side)).clamp(max=2) + 1e-3).all()
+    assert ratio.min() < 0.55
+    assert ratio.max() > 1.9
+    assert windows.min() >= 0
+    assert windows.max() <= 1 + 1e-6
+    assert windows[:, 0].max() > 0.6  # anywhere
+
+
+def test_ssd_crop_zooms_out_to_four_times_the_side():
+    seen = []
+    crop = SsdCrop(50)
+    crop.window = lambda boxes, canvas: seen.append(canvas) or canvas
+    for _ in range(300):
+        crop.move_boxes({"boxes": torch.zeros(0, 4)}, (120, 160))
+    canvases = torch.stack(seen)
+    ratio = (canvases[:, 2] - canvases[:, 0]) / 160
+    torch.testing.assert_close(ratio, (canvases[:, 3] - canvases[:, 1]) / 120)
+    zoomed = ratio > 1
+    assert 0.4 < zoomed.float().mean() < 0.6
+    assert 1 < ratio[zoomed].min() < 1.2
+    assert 3.8 < ratio.max() <= 4
+    assert 2.3 < ratio[zoomed].mean() < 2.7
+    assert (canvases[:, :2] <= 0).all()  # the picture is on it whole
+    assert (canvases[:, 2:] >= torch.tensor([160.0, 120.0]) - 0.51).all()
+
+
+def test_ssd_crop_moves_boxes_without_a_picture():
+    crop, (image, target) = SsdCrop(90), sample()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        _, with_picture = crop(image, target)
+        torch.manual_seed(seed)
+        alone = crop.move_boxes(target, (120, 160))
+        torch.testing.assert_close(alone["boxes"], with_picture["boxes"], rtol=0, atol=0)
+        assert alone["labels"].tolist() == with_picture["labels"].tolist()
+        assert alone["boxes"].canvas_size == (90, 90)
+
+
+def test_photometric_distort_has_the_published_numbers(monkeypatch):
+    drawn, chances, order = [], [], []
+    monkeypatch.setattr(ssd_crop, "_uniform", lambda low, high: drawn.append((low, high)) or 1.0)
+    answers = iter([])
+    monkeypatch.setattr(ssd_crop, "_chance", lambda probability: chances.append(probability) or next(answers))
+    for name in ("adjust_saturation", "adjust_hue"):
+        monkeypatch.setattr(ssd_crop.F, name, lambda pixels, factor, name=name: order.append(name) or pixels)
+    contrast = PhotometricDistort._contrast
+    monkeypatch.setattr(
+        PhotometricDistort, "_contrast", staticmethod(lambda pixels: order.append("contrast") or contrast(pixels))
+    )
+    image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    answers = iter([True] * 5)
+    PhotometricDistort()(image)
+    # 36 degrees are a tenth of the circle, 18 on OpenCV's half circle
+    assert drawn == [(-32.0, 32.0), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1)]
+    assert order == ["contrast", "adjust_saturation", "adjust_hue"]
+    answers, order[:] = iter([False] + [True] * 4), []
+    PhotometricDistort()(image)
+    assert order == ["adjust_saturation", "adjust_hue", "contrast"]
+    assert chances == [0.5] * 10
+
+
+def test_ssd_transform_mirrors_half_of_the_pictures():
+    _, flip, last = ssd_transform(96, train=True).transforms
+    assert (type(flip).__name__, flip.p, last) == ("RandomHorizontalFlip", 0.5, drop_empty)
+
+
+def test_learn_difficult_keeps_crowds_out():
+    image, target = sample()
+    before = target["ignore"].tolist()
+    same, learnt = learn_difficult(image, target)
+    assert same is image
+    assert before == [False, False, True]
+    assert learnt["ignore"].tolist() == [False, True, False]  # the second one is a crowd
+    assert target["ignore"].tolist() == before
+    assert learnt["labels"] is target["labels"]
 
 
 def test_ssd_crop_rejects_an_unknown_rule():

@@ -72,9 +72,9 @@ class SsdCrop(nn.Module):
     made.
 
     A window is the whole canvas, or one whose IoU with an object is at least 0.1, 0.3, 0.5, 0.7
-    or 0.9, or a free one: one of the seven ways is drawn, and another if 50 windows fail it. Sides
-    are 0.3 to 1 of the canvas, their ratio within 1/2 to 2. Objects are kept if their centre lies
-    in the window.
+    or 0.9, or a free one: one of the seven ways is drawn, and another if 50 windows fail it, so all
+    ways that can be gone are equally likely. Shares of the canvas: side 0.3 to 1, ratio of width and
+    height within 1/2 to 2. Objects are kept if their centre lies in the window.
 
     Args:
         size: height and width of the result in pixels.
@@ -94,8 +94,9 @@ class SsdCrop(nn.Module):
         ((3, 96, 96), [3])
 
     Reference: Liu et al., SSD, ECCV 2016, sections 2.2 and 3.6.
-    Deviation: Caffe tries all ways and takes one that worked; windows without any object's centre
-    are refused, as in torchvision.
+    Deviation: windows without any object's centre are refused, as in torchvision and ssd.pytorch; Caffe
+    trains on them. The canvas has the colour that all padding has here, one grey level off Caffe's
+    (123, 117, 104). Caffe draws one of five ways to interpolate; here it is bilinear.
     """
 
     def __init__(
@@ -114,6 +115,26 @@ class SsdCrop(nn.Module):
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Picture uint8 (3, size, size), and the objects that are left, their boxes not clipped."""
         height, width = image.shape[-2:]
+        target, across, down = self._place(target, height, width)
+        return tv_tensors.Image(self._render(image.as_subclass(Tensor), across, down)), target
+
+    def move_boxes(self, target: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        """What :meth:`forward` makes of the objects, from the same random numbers, without their picture.
+
+        Args:
+            target: as for :meth:`forward`.
+            size: (height, width) of the picture in pixels.
+
+        Example:
+            >>> target = {"boxes": torch.tensor([[0.0, 0.0, 80.0, 60.0]])}
+            >>> moved = SsdCrop(300, zoom=1.0).move_boxes(target, (60, 80))
+            >>> tuple(moved["boxes"].shape), moved["boxes"].canvas_size
+            ((1, 4), (300, 300))
+        """
+        return self._place(target, *size)[0]
+
+    def _place(self, target: dict[str, Any], height: int, width: int) -> tuple[dict[str, Any], "_Span", "_Span"]:
+        """Draw canvas and window; the objects in it, and where the picture's pixels go along x and y."""
         ratio = _uniform(1.0, 4.0) if _chance(self.zoom) else 1.0
         left, top = round(_uniform(0.0, width * (ratio - 1))), round(_uniform(0.0, height * (ratio - 1)))
         boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor).float()
@@ -123,10 +144,9 @@ class SsdCrop(nn.Module):
         keep = _centres_inside(boxes, window[None])[0]
         x1, y1, x2, y2 = window.round().int().tolist()
         across, down = _Span.of(x1, x2, width, self.size), _Span.of(y1, y2, height, self.size)
-        pixels = self._render(image.as_subclass(Tensor), across, down)
         boxes = boxes * boxes.new_tensor([across.scale, down.scale] * 2)
         boxes = boxes + boxes.new_tensor([across.shift, down.shift] * 2)
-        return tv_tensors.Image(pixels), keep_rows(target, boxes, keep, (self.size, self.size))
+        return keep_rows(target, boxes, keep, (self.size, self.size)), across, down
 
     def window(self, boxes: Float[Tensor, "n 4"], canvas: Float[Tensor, " 4"]) -> Float[Tensor, " 4"]:
         """Draw a window of a canvas with these objects on it; all are xyxy in the same pixels."""

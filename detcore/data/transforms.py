@@ -23,6 +23,7 @@ __all__ = [
     "SsdCrop",
     "drop_empty",
     "flip_transform",
+    "learn_difficult",
     "retinanet_transform",
     "square_transform",
     "ssd_transform",
@@ -52,6 +53,24 @@ def drop_empty(image: Tensor, target: Mapping[str, Any], *, min_side: float = 1.
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
     keep = (boxes[:, 2:] - boxes[:, :2] >= min_side).all(1)
     return image, keep_rows(target, boxes, keep, (height, width))
+
+
+def learn_difficult(image: Tensor, target: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Make objects marked difficult ones to learn, as SSD does on VOC; crowds stay left out.
+
+    Args:
+        image: (3, H, W), given back as it is.
+        target: with ``iscrowd``; its ``ignore`` is replaced.
+
+    Returns:
+        The same picture, and a new target.
+
+    Example:
+        >>> target = {"iscrowd": torch.tensor([0, 1]), "ignore": torch.tensor([True, True])}
+        >>> learn_difficult(torch.zeros(3, 10, 20, dtype=torch.uint8), target)[1]["ignore"].tolist()
+        [False, True]
+    """
+    return image, {**target, "ignore": torch.as_tensor(target["iscrowd"]).bool()}
 
 
 def flip_transform() -> v2.Transform:
