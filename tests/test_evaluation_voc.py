@@ -93,6 +93,26 @@ def test_eleven_points_are_reached_at_every_exact_recall(wanted):
         assert eleven_point_ap(correct[:found], wanted) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("found", range(11))
+def test_every_tenth_of_ten_objects_is_a_point(found):
+    # Ten objects in ten pictures; the detector finds some and is wrong after that. Recall is exactly found / 10.
+    target = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+    seen = [
+        {"boxes": [[0, 0, 10, 10] if i < found else [50, 50, 60, 60]], "labels": [0], "scores": [1 - i / 100]}
+        for i in range(10)
+    ]
+    value = evaluate(seen, [target] * 10, interpolation="11point").compute()["AP"]
+    assert value == pytest.approx((found + 1) / 11 if found else 0)
+
+
+def test_float_recalls_would_lose_points():
+    """What the integers are for: recall 3/10, 6/10 and 7/10 fail the grid's 0.30000000000000004 and its like."""
+    lost = [k for k in range(11) if k / 10 < np.arange(0, 1.1, 0.1)[k]]
+    assert lost == [3, 6, 7]
+    for k in lost:
+        assert eleven_point_ap(np.full(k, True), 10) == pytest.approx((k + 1) / 11)
+
+
 def test_both_rules_by_hand():
     correct = np.array([True, False, True, False])  # precisions 1, 1/2, 2/3, 1/2 of 4 objects
     assert precision_recall_area(correct, 4) == pytest.approx(1 / 4 * 1 + 1 / 4 * 2 / 3)
@@ -152,6 +172,16 @@ def test_several_thresholds_are_averaged():
     seen = {"boxes": [[0, 0, 10, 7.5]], "labels": [0], "scores": [0.9]}
     result = evaluate([seen], [target], iou_threshold=[0.5, 0.6, 0.7, 0.8, 0.9]).compute()
     assert result == {"AP": pytest.approx(0.6), "AP50": 1, "AP60": 1, "AP70": 1, "AP80": 0, "AP90": 0}
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9])
+@pytest.mark.parametrize("interpolation", ["area", "11point"])
+def test_an_iou_of_the_threshold_itself_passes(threshold, interpolation):
+    target = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
+    seen = {"boxes": [[0, 0, 10, round(10 * threshold)]], "labels": [0], "scores": [0.9]}
+    ious = (0.5, 0.6, 0.7, 0.8, 0.9)
+    result = evaluate([seen], [target], iou_threshold=ious, interpolation=interpolation).compute()
+    assert [result[f"AP{100 * t:g}"] for t in ious] == [float(t <= threshold) for t in ious]
 
 
 def test_images_are_counted_on_over_updates():
