@@ -306,9 +306,10 @@ def test_from_torchvision_has_its_losses_on_a_batch():
     for model in (theirs, ours):
         calm(model)
     pictures = [torch.rand(3, 128, 180), torch.rand(3, 128, 180)]
-    boxes = torch.tensor([[10.0, 12, 80, 90], [60, 40, 170, 120], [100, 5, 130, 30]])
+    # the last one's centre (64, 64) is a point of P3 and P4, exactly 64 from its sides: torchvision gives it to neither
+    boxes = torch.tensor([[10.0, 12, 80, 90], [60, 40, 170, 120], [100, 5, 130, 30], [0, 0, 128, 128]])
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    targets = [{"boxes": boxes, "labels": torch.tensor([3, 20, 7])}, nothing]
+    targets = [{"boxes": boxes, "labels": torch.tensor([3, 20, 7, 5])}, nothing]
     expected, found = theirs(pictures, targets), ours(pictures, targets)
     assert_close(found["cls"], expected["classification"], rtol=1e-4, atol=1e-5)
     assert_close(found["box"], expected["bbox_regression"], rtol=1e-4, atol=1e-5)
