@@ -19,6 +19,7 @@ from PIL import Image
 
 from detcore.checkpoint import load_checkpoint, model_weights
 from detcore.cli import VERBS, main, parse
+from detcore.cli.detectors import cached_loader, choose_pictures, loader_to_test, transform_for
 from detcore.cli.options import read_pairs, split_pairs
 from detcore.data import Scenes
 from detcore.models import get_model
@@ -163,6 +164,36 @@ def test_eval_repeats_the_numbers_of_training(trained, tmp_path, capsys):
     assert "AP50" in capsys.readouterr().out
 
 
+def test_eval_adds_recall_by_size_and_voc_at_several_ious(trained, tmp_path, capsys):
+    output = tmp_path / "numbers.json"
+    words = ["eval", "--checkpoint", trained, "--data", SCENES, "--voc", "--output", output, *DETECT]
+    assert run(*words, "--recall", "voc") == 0
+    assert "no box of a score below 0.05" in capsys.readouterr().out
+    assert run(*words, "--recall", "voc", "score_threshold=0.001") == 0
+    assert "no box of a score" not in capsys.readouterr().out
+    content = read(output)
+    names = {f"VOC_{rule}_{name}" for rule in ("area", "11point") for name in ("AP", "AP50", "AP70", "AP90")}
+    assert names <= set(content["metrics"])
+    counts = content["recall_by_size"]
+    assert sum(counts["objects"].values()) == read(trained, "result.json")["data"]["test"]["objects"]
+    assert counts["score_thresholds"] == [0.01, 0.1, 0.3]
+
+
+def test_eval_counts_recall_by_score(trained, tmp_path, monkeypatch):
+    collect = importlib.import_module("detcore.cli.evaluate").collect
+
+    def truth(*args, **options):
+        _, targets = collect(*args, **options)
+        return [{**t, "scores": torch.full((len(t["boxes"]),), 0.2)} for t in targets], targets
+
+    monkeypatch.setattr("detcore.cli.evaluate.collect", truth)
+    output = tmp_path / "numbers.json"
+    words = ["eval", "--checkpoint", trained, "--data", SCENES, "--recall", "coco", "--output", output, *DETECT]
+    assert run(*words) == 0
+    metrics = read(output)["metrics"]
+    assert (metrics["AP"], metrics["R0.01"], metrics["R0.1"], metrics["R0.3"]) == (pytest.approx(1), 1, 1, 0)
+
+
 def test_eval_takes_options_that_leave_the_weights(trained, tmp_path):
     output = tmp_path / "numbers.json"
     words = ["eval", "--checkpoint", trained / "best.pt", "--data", SCENES, "--output", output, *DETECT]
@@ -210,6 +241,81 @@ def test_two_processes_train_and_write_once(tmp_path):
     result = read(tmp_path, "run", "result.json")
     assert result["processes"] == 2
     assert done.stdout.count("wrote ") == 1
+
+
+SSD = ["train", "--model", "ssd300", "--data", SCENES, *PLAIN, "--epochs", 1]
+
+
+def test_ssd_trains_with_its_augmentation(tmp_path):
+    words = [*SSD, "--augment", "ssd", "--difficult", "--size", 64]
+    for name in ("one", "two"):
+        assert run(*words, "--output", tmp_path / name) == 0
+    result = read(tmp_path, "one", "result.json")
+    assert (result["augment"], result["difficult"]) == ("ssd", True)
+    assert result["pictures"] == {"size": 64}
+    ours, theirs = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
+    for name, weight in ours.items():
+        assert torch.equal(theirs[name], weight), name  # what is random follows from the seed
+
+
+def test_augmentation_reaches_the_pictures():
+    image, target = Scenes(1, size=64, seed=3)[0]
+    seen = {}
+    for augment in ("flip", "ssd", "none"):
+        transform = transform_for({"size": 64}, augment=augment)
+        seen[augment] = set()
+        for seed in range(12):
+            torch.manual_seed(seed)
+            seen[augment].add(transform(image, target)[0].numpy().tobytes())
+    assert {name: len(pictures) for name, pictures in seen.items()} == {"flip": 2, "ssd": 12, "none": 1}
+
+
+@pytest.mark.parametrize("pictures", [{}, {"size": 64}, {"short_side": 64, "long_side": 96}], ids=str)
+def test_difficult_objects_are_learnt_if_asked_for(pictures):
+    image, target = Scenes(1, size=64, seed=3)[0]
+    number = len(target["boxes"])
+    assert number >= 2
+    flags = torch.arange(number) == 0
+    target |= {"ignore": torch.ones(number, dtype=torch.bool), "iscrowd": flags.long()}
+    assert transform_for(pictures, difficult=True)(image, target)[1]["ignore"].tolist() == flags.tolist()
+    plain = transform_for(pictures)
+    assert plain is None or plain(image, target)[1]["ignore"].all()
+
+
+def choose(model, backbone=None, *, size=None, short_side=None, as_they_are=False):
+    return choose_pictures(
+        model, backbone, {}, size=size, short_side=short_side, long_side=None, as_they_are=as_they_are
+    )
+
+
+def test_the_ssd_family_has_sizes_of_its_own():
+    assert choose("ssd300") == choose("ssd300", size=300, as_they_are=True) == {"size": 300, "multiple": 1}
+    assert choose("ssd512", "vgg16_bn", as_they_are=True) == {"size": 512, "multiple": 1}
+    assert choose("ssd300", "tiny") == {"size": 300}  # any size would do
+    assert choose("ssd300", "tiny", size=96) == {"size": 96}
+    assert choose("ssd300", "tiny", as_they_are=True) == {}
+    for asked in ({"size": 128}, {"short_side": 300}):
+        with pytest.raises(ValueError, match=r"ssd300 takes squares of 300 pixels; got --s.*--backbone tiny"):
+            choose("ssd300", **asked)
+    assert choose("retinanet", "tiny") == {"short_side": 800, "long_side": 1333}
+    assert choose("retinanet", "tiny", size=96) == {"size": 96}
+    assert choose("retinanet", "tiny", short_side=600) == {"short_side": 600, "long_side": 1000}
+    assert choose("retinanet", "tiny", as_they_are=True) == {}
+
+
+def test_squares_of_one_size_are_not_padded():
+    scenes = Scenes(3, size=50)
+    fixed = {"size": 50, "multiple": 1}
+    for pictures, side in ((fixed, 50), ({"size": 50}, 64)):
+        cached = cached_loader(scenes, pictures, threads=0, batch_size=3, shuffle=False)
+        plain = loader_to_test(scenes, pictures, batch_size=3, workers=0)
+        assert [tuple(batch.images.shape) for batch in (*cached, *plain)] == [(3, 3, side, side)] * 2
+
+
+def test_ssd_augmentation_needs_squares(tmp_path, capsys):
+    words = ["train", "--model", "retinanet", "--data", SCENES, *PLAIN, "--augment", "ssd"]
+    assert run(*words, "--output", tmp_path / "run") == 2
+    assert "--augment ssd makes squares; it must come with --size" in capsys.readouterr().err
 
 
 # --- predict, diagnose, show
@@ -266,9 +372,12 @@ def test_predictions_on_data_fit_its_annotations(coco, tmp_path, capsys):
 
 def test_diagnose_looks_at_what_nms_had(trained, tmp_path, capsys):
     words = ["--checkpoint", trained, "--data", SCENES, "--bootstrap", 0, "--output", tmp_path, *DETECT]
-    assert run("diagnose", *words, "max_detections=10") == 0
-    assert "objects lost by NMS" in capsys.readouterr().out
+    assert run("diagnose", *words, "--recall", "coco", "max_detections=10") == 0
+    shown = capsys.readouterr().out
+    assert "objects lost by NMS" in shown
+    assert "recall by size" in shown
     report = read(tmp_path, "diagnosis.json")
+    assert sum(report["recall_by_size"]["objects"].values()) == report["num_objects"]
     assert report["num_detections"] <= 40 < report["counts"]["before NMS"]["boxes"]
 
 
@@ -485,7 +594,7 @@ def test_data_lists_what_can_be_downloaded(capsys):
     ("words", "message"),
     [
         (["trane"], "VERB must be one of train, eval"),
-        (["train", "--model", "retinanot", "--data", SCENES], r"must be one of .*'iou_aware_retinanet', 'retinanet'"),
+        (["train", "--model", "retinanot", "--data", SCENES], "must be one of .*'iou_aware_retinanet', .*'retinanet'"),
         ([*TRAIN, "anchorbase=2"], r"has no option anchorbase; it has .*'anchor_base'"),
         ([*TRAIN, "anchor_base"], "must be KEY=VALUE"),
         ([*TRAIN, "--lr", "-1"], "TrainConfig: lr must be > 0"),

@@ -1,27 +1,30 @@
 """Detectors out of checkpoints, data sets that fit them, and how pictures are prepared for both.
 
 How pictures are prepared is a small dict in the checkpoint, ``pictures``: ``{"size": 128}`` for a warp
-to a square, ``{"short_side": 600, "long_side": 1000}``, or neither for pictures as they are; and the data
-set's ``category_ids``.
+to a square, ``{"short_side": 600, "long_side": 1000}``, or neither for pictures as they are; ``multiple``,
+which height and width of a batch are padded to; and the data set's ``category_ids``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from detcore.checkpoint import CheckpointError, load_checkpoint, model_weights
 from detcore.cli.options import is_shown
 from detcore.data import DataError, DetectionDataset, open_dataset
 from detcore.data.loader import CachedDataset, CachedLoader, Loader, make_loader
 from detcore.data.sampling import Transform
-from detcore.data.transforms import retinanet_transform, square_transform
+from detcore.data.transforms import learn_difficult, retinanet_transform, square_transform, ssd_transform
 from detcore.models import get_model
 
 __all__: list[str] = []
+
+Augment = Literal["flip", "ssd", "none"]
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,71 @@ def announce(dataset: DetectionDataset, role: str = "data") -> None:
         print(f"  {message}", flush=True)
 
 
-def transform_for(pictures: Mapping[str, Any], *, train: bool) -> Transform | None:
-    """How pictures are prepared, mirrored at random in training; ``None`` leaves them as they are."""
-    if "size" in pictures:
-        return square_transform(pictures["size"], train=train)
-    if "short_side" in pictures:
-        return retinanet_transform(pictures["short_side"], pictures["long_side"], train=train)
-    return None
+def choose_pictures(
+    model: str,
+    backbone: str | None,
+    options: Mapping[str, Any],
+    *,
+    size: int | None,
+    short_side: int | None,
+    long_side: int | None,
+    as_they_are: bool,
+) -> dict[str, Any]:
+    """How pictures are to be prepared for training; see above.
+
+    Args:
+        model: name of the model.
+        backbone: its trunk; ``None`` for the model's own.
+        options: of the model.
+        size: what was asked for, if anything, as are the next two.
+        short_side: see there.
+        long_side: see there.
+        as_they_are: whether pictures are left alone where nothing was asked for and the model takes any size.
+
+    Raises:
+        ValueError: if the model takes squares of one size only, and another was asked for.
+    """
+    with torch.device("meta"):  # no memory, no arithmetic
+        detector: Any = get_model(model, num_classes=1, backbone=backbone, **options)
+    side = detector.inputs.warp_side
+    if side is not None:
+        if short_side is not None or size not in (None, side):
+            asked = f"--size {size}" if short_side is None else f"--short-side {short_side}"
+            raise ValueError(
+                f"detcore: {model} takes squares of {side} pixels; got {asked}. Leave it out, or take "
+                "--backbone tiny, which has no size of its own."
+            )
+        return {"size": side, "multiple": 1}
+    if short_side is None and not as_they_are and size is None:
+        size = getattr(getattr(detector.priors, "layout", None), "size", None)  # its default boxes were made for it
+    if size is not None:
+        return {"size": size}
+    if short_side is None and as_they_are:
+        return {}
+    short_side = short_side or 800
+    return {"short_side": short_side, "long_side": long_side or round(short_side * 1333 / 800)}
+
+
+def transform_for(
+    pictures: Mapping[str, Any], *, augment: Augment = "none", difficult: bool = False
+) -> Transform | None:
+    """How pictures are prepared, and changed at random in training; ``None`` leaves them as they are.
+
+    Args:
+        pictures: see above.
+        augment: mirror, SSD's recipe (with ``size`` only), or nothing at random.
+        difficult: objects marked difficult are to be learnt too.
+    """
+    prepare: Transform | None = None
+    if augment == "ssd":
+        prepare = ssd_transform(pictures["size"], train=True)
+    elif "size" in pictures:
+        prepare = square_transform(pictures["size"], train=augment == "flip")
+    elif "short_side" in pictures:
+        prepare = retinanet_transform(pictures["short_side"], pictures["long_side"], train=augment == "flip")
+    if not difficult:
+        return prepare
+    return learn_difficult if prepare is None else v2.Compose([prepare, learn_difficult])
 
 
 def has_one_size(pictures: Mapping[str, Any]) -> bool:
@@ -127,8 +188,8 @@ def has_one_size(pictures: Mapping[str, Any]) -> bool:
 
 def loader_to_test(dataset: DetectionDataset, pictures: Mapping[str, Any], *, batch_size: int, workers: int) -> Loader:
     """Batches to detect on, each picture once, in order."""
-    transform = transform_for(pictures, train=False)
-    return make_loader(dataset, transform, batch_size=batch_size, shuffle=False, num_workers=workers)
+    options: dict[str, Any] = {"batch_size": batch_size, "shuffle": False, "num_workers": workers}
+    return make_loader(dataset, transform_for(pictures), multiple=pictures.get("multiple", 32), **options)
 
 
 def cached_loader(
@@ -136,8 +197,10 @@ def cached_loader(
     pictures: Mapping[str, Any],
     *,
     threads: int,
+    difficult: bool = False,
     **options: Any,
 ) -> CachedLoader:
     """The same out of a cache, for data that is looked at many times; ``options`` as for :class:`CachedLoader`."""
-    cached = CachedDataset(dataset, transform_for(pictures, train=False), num_threads=threads, progress=is_shown())
-    return CachedLoader(cached, **options)
+    transform = transform_for(pictures, difficult=difficult)
+    cached = CachedDataset(dataset, transform, num_threads=threads, progress=is_shown())
+    return CachedLoader(cached, multiple=pictures.get("multiple", 32), **options)

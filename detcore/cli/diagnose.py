@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from detcore.cli.detectors import announce, load_detector, loader_to_test, open_split
 from detcore.cli.options import Common, Device, Flag, Pairs, is_shown, pick_device, read_pairs, write_json
 from detcore.cli.pictures import save_figure
-from detcore.evaluation import collect, diagnose, load_coco_results
+from detcore.evaluation import RecallCounts, RecallEvaluator, collect, diagnose, load_coco_results
 from detcore.provenance import provenance
 from detcore.viz import plot_misalignment
 
@@ -57,6 +57,8 @@ class Diagnose(Common):
         class_aware: compare a box with objects of its class only.
         nms_iou: suppression of the candidates ranked by true IoU, in [0, 1].
         max_detections: boxes an image and class that count for AP.
+        recall: also recall by size of the object, from the scores 0.01, 0.1 and 0.3 on; voc measures boxes, coco goes
+            by the annotated area. The detector must give boxes of such low scores.
         score_floor: boxes up to this score are left out of the shares.
         bootstrap: draws for the 95 % intervals, over images; 0 for none.
         batch_size: pictures a batch.
@@ -77,6 +79,7 @@ class Diagnose(Common):
     class_aware: bool = True
     nms_iou: float = 0.5
     max_detections: int = 100
+    recall: Literal["voc", "coco"] | None = None
     score_floor: float = 0.05
     bootstrap: int = 200
     batch_size: int = 8
@@ -113,12 +116,27 @@ class Diagnose(Common):
             score_floor=self.score_floor,
             bootstrap=self.bootstrap,
         )
-        content = {**report.as_dict(), "classes": classes, "provenance": {**provenance(), "command": self.words}}
+        recall = self._recall(detections, targets, len(classes))
+        content = {
+            **report.as_dict(),
+            "recall_by_size": recall and recall.as_dict(),
+            "classes": classes,
+            "provenance": {**provenance(), "command": self.words},
+        }
         write_json(self.output / "diagnosis.json", content)
         _draw(report, self.output / "diagnosis.png")
         print(report.summary())
+        if recall is not None:
+            print(f"\n{recall.summary()}")
         print(f"\nwrote {self.output / 'diagnosis.json'} and {self.output / 'diagnosis.png'}")
         return 0
+
+    def _recall(self, detections: Boxes, targets: list[Any], num_classes: int) -> RecallCounts | None:
+        if self.recall is None:
+            return None
+        judge = RecallEvaluator(num_classes, sizes=self.recall, class_aware=self.class_aware)
+        judge.update(detections, targets)
+        return judge.counts()
 
     def _from_files(self) -> tuple[Boxes, list[Any], tuple[str, ...], Boxes | None]:
         assert self.gt is not None  # run has looked

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from detcore.cli.detectors import announce, load_detector, loader_to_test, open_split
 from detcore.cli.options import Common, Device, Flag, Pairs, is_shown, pick_device, read_pairs, write_json
-from detcore.evaluation import CocoEvaluator, VocEvaluator, collect
+from detcore.evaluation import CocoEvaluator, RecallEvaluator, VocEvaluator, collect
 from detcore.provenance import provenance
 
 __all__: list[str] = []
@@ -35,7 +35,10 @@ class Evaluate(Common):
         split: which part of it.
         only_with_objects: keep only pictures with an object of the checkpoint's classes.
         skip_bad: leave out bad objects and pictures, and count them, in place of stopping.
-        voc: also PASCAL VOC's average precision at IoU 0.5, by area and by 11 points.
+        voc: also PASCAL VOC's average precision, by area and by 11 points: at IoU 0.5, 0.7 and 0.9, and the mean of
+            0.5, 0.6, 0.7, 0.8 and 0.9.
+        recall: also recall by size of the object, from the scores 0.01, 0.1 and 0.3 on; voc measures boxes, coco goes
+            by the annotated area. The model's score_threshold must be as low: score_threshold=0.01.
         batch_size: pictures a batch.
         workers: processes that load pictures.
         device: auto takes a GPU if there is one.
@@ -49,6 +52,7 @@ class Evaluate(Common):
     only_with_objects: Flag = False
     skip_bad: Flag = False
     voc: Flag = False
+    recall: Literal["voc", "coco"] | None = None
     batch_size: int = 16
     workers: int = 2
     device: Device = "auto"
@@ -66,19 +70,19 @@ class Evaluate(Common):
         announce(dataset)
         loader = loader_to_test(dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers)
         detections, targets = collect(trained.detector, loader, dataset, device=device, progress=is_shown())
-        judges: dict[str, Any] = {"": CocoEvaluator(len(trained.classes))}
-        if self.voc:
-            judges["VOC_area_"] = VocEvaluator(len(trained.classes))
-            judges["VOC_11point_"] = VocEvaluator(len(trained.classes), interpolation="11point")
         metrics: dict[str, float] = {}
-        for prefix, judge in judges.items():
+        recall = None
+        for prefix, judge, kept in self._judges(len(trained.classes)):
             judge.update(detections, targets)
-            names = judge.compute()
-            metrics |= {prefix + name: value for name, value in names.items() if not prefix or name == "AP50"}
+            numbers = judge.compute()
+            metrics |= {prefix + name: numbers[name] for name in kept or numbers}
+            if isinstance(judge, RecallEvaluator):
+                recall = judge.counts()
         folder = self.checkpoint if self.checkpoint.is_dir() else self.checkpoint.parent
         output = self.output or folder / "eval.json"
         content = {
             "metrics": metrics,
+            "recall_by_size": recall and recall.as_dict(),
             "model": trained.spec,
             "classes": trained.classes,
             "pictures": trained.pictures,
@@ -89,8 +93,24 @@ class Evaluate(Common):
             "provenance": {**provenance(device), "command": self.words},
         }  # fmt: skip
         write_json(output, content)
-        print(f"{format_numbers(metrics)}\nwrote {output}")
+        print(format_numbers(metrics))
+        lowest = getattr(trained.detector.select, "keywords", {}).get("score_threshold", 0.0)
+        if recall is not None and lowest > recall.score_thresholds[0]:
+            print(f"recall: the model gives no box of a score below {lowest:g}; score_threshold=0.01 changes that")
+        print(f"wrote {output}")
         return 0
+
+    def _judges(self, num_classes: int) -> list[tuple[str, Any, tuple[str, ...]]]:
+        """What their numbers are called after, evaluators, and which numbers to keep if not all."""
+        judges: list[tuple[str, Any, tuple[str, ...]]] = [("", CocoEvaluator(num_classes), ())]
+        if self.voc:
+            ious, kept = (0.5, 0.6, 0.7, 0.8, 0.9), ("AP", "AP50", "AP70", "AP90")
+            area = VocEvaluator(num_classes, iou_threshold=ious)
+            points = VocEvaluator(num_classes, iou_threshold=ious, interpolation="11point")
+            judges += [("VOC_area_", area, kept), ("VOC_11point_", points, kept)]
+        if self.recall is not None:
+            judges += [("", RecallEvaluator(num_classes, sizes=self.recall), ())]
+        return judges
 
 
 def format_numbers(metrics: Mapping[str, float]) -> str:

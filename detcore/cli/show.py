@@ -106,7 +106,7 @@ class Show(Common):
             save_figure(figure, self.output / f"boxes_{drawn_name(dataset, i)}.png")
 
     def _draw_matches(self, dataset: DetectionDataset, chosen: range, model: Any, pictures: dict[str, Any]) -> None:
-        view = TransformedDataset(dataset, transform_for(pictures, train=False))
+        view = TransformedDataset(dataset, transform_for(pictures))
         counts = {}
         for i in chosen:
             image, target = view[i]

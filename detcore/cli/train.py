@@ -12,7 +12,16 @@ from accelerate import PartialState
 from torch import nn
 
 from detcore.checkpoint import load_checkpoint
-from detcore.cli.detectors import announce, cached_loader, has_one_size, loader_to_test, open_split, transform_for
+from detcore.cli.detectors import (
+    Augment,
+    announce,
+    cached_loader,
+    choose_pictures,
+    has_one_size,
+    loader_to_test,
+    open_split,
+    transform_for,
+)
 from detcore.cli.evaluate import format_numbers
 from detcore.cli.options import Common, Flag, Pairs, is_shown, read_pairs, write_json
 from detcore.data import DetectionDataset
@@ -32,6 +41,8 @@ examples:
   # two classes of a COCO-format file, cached as 128 x 128 pixels
   detcore train --model iou_aware_retinanet --backbone tiny --data coco-json:voc20 --classes cat dog \\
       --only-with-objects --size 128 --output runs/cats anchor_base=2 fusion_alpha=0.4
+  # SSD's recipe on VOC 2007 + 2012, from scratch
+  detcore train --model ssd300 --backbone vgg16_bn --data voc:VOCdevkit --augment ssd --difficult --batch-size 32
   # RetinaNet's recipe on VOC 2007 + 2012, one GPU; then the same on four
   detcore train --model retinanet --weights-backbone DEFAULT --data voc:VOCdevkit --short-side 600 --long-side 1000
   torchrun --nproc-per-node 4 -m detcore train --model retinanet --data voc:VOCdevkit --batch-size 4
@@ -75,7 +86,11 @@ class Train(Common):
         classes: keep these classes only; default: all.
         only_with_objects: keep only pictures with an object of the classes kept, in both splits.
         skip_bad: leave out bad objects and pictures, and count them, in place of stopping.
-        size: warp pictures to this many pixels square, cached in memory (on the GPU if there is one).
+        difficult: learn objects marked difficult too, as SSD does on VOC; crowds are never learnt.
+        augment: what happens to pictures at random. flip: they are mirrored. ssd: colours, zoom out, crop and mirror,
+            on squares; every picture is decoded anew each epoch, by --workers. none: nothing.
+        size: warp pictures to this many pixels square, cached in memory (on the GPU if there is one); default in the
+            SSD family: what the model was made for.
         short_side: resize pictures so that their short side has this many pixels; default: 800, and
             scenes as they are.
         long_side: limit of the long side, in pixels; default: short side x 1333 / 800.
@@ -94,6 +109,8 @@ class Train(Common):
     classes: tuple[str, ...] | None = None
     only_with_objects: Flag = False
     skip_bad: Flag = False
+    difficult: Flag = False
+    augment: Augment = "flip"
     size: int | None = None
     short_side: int | None = None
     long_side: int | None = None
@@ -130,6 +147,8 @@ class Train(Common):
                 "classes": sets["train"].classes,
                 "pictures": pictures,
                 "data": {"spec": self.data, **{split: _describe(dataset) for split, dataset in sets.items()}},
+                "augment": self.augment,
+                "difficult": self.difficult,
                 "batch_size": self.batch_size,
                 "processes": state.num_processes,
                 "precision": history.precision,
@@ -165,12 +184,14 @@ class Train(Common):
             )
 
     def _pictures(self) -> dict[str, Any]:
-        if self.size is not None:
-            return {"size": self.size}
-        if self.short_side is None and self.data.partition(":")[0] == "scenes":
-            return {}
-        short = self.short_side or 800
-        return {"short_side": short, "long_side": self.long_side or round(short * 1333 / 800)}
+        is_scenes = self.data.partition(":")[0] == "scenes"
+        pictures = choose_pictures(
+            self.model, self.backbone, read_pairs(self.options), size=self.size, short_side=self.short_side,
+            long_side=self.long_side, as_they_are=is_scenes,
+        )  # fmt: skip
+        if self.augment == "ssd" and "size" not in pictures:
+            raise ValueError("detcore: --augment ssd makes squares; it must come with --size.")
+        return pictures
 
     def _open(self, split: str) -> DetectionDataset:
         return open_split(
@@ -215,9 +236,13 @@ class Train(Common):
             # Equal batches keep a compiled step's shapes, and several processes in step.
             "drop_last": state.num_processes > 1 or len(dataset) >= self.batch_size,
         }
-        if has_one_size(pictures):
-            return cached_loader(dataset, pictures, threads=self.workers, flip=0.5, device=state.device, **options)
-        return make_loader(dataset, transform_for(pictures, train=True), num_workers=self.workers, **options)
+        if has_one_size(pictures) and self.augment != "ssd":
+            flip = 0.5 if self.augment == "flip" else 0.0
+            options |= {"threads": self.workers, "difficult": self.difficult, "flip": flip, "device": state.device}
+            return cached_loader(dataset, pictures, **options)
+        transform = transform_for(pictures, augment=self.augment, difficult=self.difficult)
+        multiple = pictures.get("multiple", 32)
+        return make_loader(dataset, transform, num_workers=self.workers, multiple=multiple, **options)
 
 
 class _Judge:
