@@ -43,7 +43,7 @@ class Recipe:
         noise: annotation noise of the training boxes; test boxes have none.
         batch_size: pictures a step.
         lr: peak learning rate.
-        anchor_base: side of the smallest anchor in strides; FCOS's level ranges are scaled alike.
+        anchor_base: side of the smallest anchor of RetinaNet in strides; FCOS's level ranges are scaled alike.
         threads: processor threads.
         output: the result file.
     """
@@ -167,8 +167,13 @@ def fit(recipe: Recipe, options: Mapping[str, Any], seed: int, data: CachedDatas
     torch.manual_seed(seed)
     options = dict(options)
     name = options.pop("name")
-    # FCOS has no anchors: its level ranges, 8 strides where anchors have 4, shrink by the same factor
-    scale = {"range_base": 2 * recipe.anchor_base} if "fcos" in name else {"anchor_base": recipe.anchor_base}
+    # FCOS has no anchors: its level ranges, 8 strides where anchors have 4, shrink by the same factor. Default
+    # boxes of the SSD family are shares of the picture and need no factor.
+    scale: dict[str, Any] = {}
+    if "fcos" in name:
+        scale = {"range_base": 2 * recipe.anchor_base}
+    elif "retinanet" in name:
+        scale = {"anchor_base": recipe.anchor_base}
     model = get_model(name, num_classes=len(data.classes), backbone="tiny", **scale, **options)
     loader = CachedLoader(data, batch_size=recipe.batch_size, shuffle=True, seed=seed, flip=0.5, drop_last=True)
     config = TrainConfig(
