@@ -154,13 +154,16 @@ def select_by_class(
     Reference: Liu et al., SSD, ECCV 2016, section 3.5 (0.01, 0.45, 200; 400 in the released code).
     """
     _check("select_by_class", score_threshold, candidates, nms_iou, max_detections, threshold_on)
-    ranking = scores.ranking.transpose(1, 2)  # B C N
-    best = ranking.topk(min(candidates, ranking.shape[-1]), dim=-1)  # B C K
-    cut = best.values
-    if threshold_on == "classes":
-        cut = scores.classes.transpose(1, 2).gather(-1, best.indices)
-    image, label, row = (cut > score_threshold).nonzero(as_tuple=True)
-    prior = best.indices[image, label, row]
+    above = (scores.ranking if threshold_on == "ranking" else scores.classes) > score_threshold  # B N C
+    batch, count, num_classes = above.shape
+    image, prior, label = above.nonzero(as_tuple=True)
+    group = image * num_classes + label
+    per_class = group.new_zeros(batch * num_classes).scatter_add(0, group, torch.ones_like(group))
+    if (per_class > candidates).any():  # hardly ever after training, so ranking every class would be for nothing
+        ranking = torch.where(above, scores.ranking, -1.0).transpose(1, 2)  # B C N
+        best = ranking.topk(min(candidates, count), dim=-1)  # B C K
+        image, label, row = (best.values >= 0).nonzero(as_tuple=True)
+        prior = best.indices[image, label, row]
     return _suppress(scores, pred, sizes, image, prior, label, nms_iou=nms_iou, max_detections=max_detections)
 
 

@@ -20,8 +20,8 @@ def candidates_by_class(ranking, classes, counts, *, score_threshold, threshold_
     """The slow twin of SSD's choice: the best priors of each class, whatever their level."""
     cut, pairs = ranking if threshold_on == "ranking" else classes, []
     for c in range(len(ranking[0])):
-        best = sorted(range(sum(counts)), key=lambda n: -ranking[n][c])[:candidates]
-        pairs += [(n, c) for n in best if cut[n][c] > score_threshold]
+        above = [n for n in range(sum(counts)) if cut[n][c] > score_threshold]
+        pairs += [(n, c) for n in sorted(above, key=lambda n: -ranking[n][c])[:candidates]]
     return pairs
 
 

@@ -79,7 +79,7 @@ POINTS = {
 
 DEFAULT_BOXES = {
     "small": {},
-    "selects": (({}, {"nonzero": 1}),),
+    "selects": (({}, {"nonzero": 1, "_local_scalar_dense": 1}),),
     "focal": False,
     "softmax": True,
     "has_towers": False,
