@@ -504,3 +504,53 @@ def scale_weights(match, *, normalise=None, **options):
         return weights
     every = [w for ms, ws in zip(counts, weights, strict=True) for m, w in zip(ms, ws, strict=True) for _ in range(m)]
     return [[w * len(every) / sum(every) if every else w for w in row] for row in weights]
+
+
+# --- SCOD
+
+
+def shrunk(box, beta):
+    x, y, w, h = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, (box[2] - box[0]) * beta, (box[3] - box[1]) * beta
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
+def adaptive_iou(a, b, beta=0.8):
+    return iou(shrunk(a, beta), shrunk(b, beta))
+
+
+def segmentation_labels(maps, size, ranges, boxes, labels, *, closed=False):
+    """Label of every cell of one image by block, row by row.
+
+    Args:
+        maps: (height, width) in cells of each block.
+        size: (height, width) of the image in pixels.
+        ranges: (low, high) in square pixels of each block.
+        boxes: of the objects.
+        labels: of the objects.
+        closed: whether an area equal to ``high`` still belongs to the block.
+    """
+    found = []
+    for (rows, columns), (low, high) in zip(maps, ranges, strict=True):
+        for i in range(rows):
+            for j in range(columns):
+                y, x = (i + 0.5) * size[0] / rows, (j + 0.5) * size[1] / columns
+                label, smallest = BACKGROUND, math.inf
+                for box, own in zip(boxes, labels, strict=True):
+                    suits = low < area(box) < high or (closed and area(box) == high)
+                    inside = box[0] <= x < box[2] and box[1] <= y < box[3]
+                    if suits and inside and area(box) < smallest:
+                        label, smallest = own, area(box)
+                found.append(label)
+    return found
+
+
+def weak_segmentation_loss(logits, labels, blocks):
+    """Sum over blocks of the mean over their cells, mean over the images; background is the last channel."""
+    total = 0.0
+    for rows, own in zip(logits.tolist(), labels, strict=True):
+        losses = [softmax_entropy(channels, label) for channels, label in zip(rows, own, strict=True)]
+        start = 0
+        for cells in blocks:
+            total += sum(losses[start : start + cells]) / cells
+            start += cells
+    return total / len(labels)

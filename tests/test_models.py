@@ -347,7 +347,7 @@ def test_initial_losses_are_sane(name):
 def test_get_model_names_what_is_wrong():
     with pytest.raises(KeyError, match=r"name must be one of \[.*'iou_aware_retinanet'.*'retinanet'.*\]; got 'yolo'"):
         get_model("yolo", num_classes=3)
-    with pytest.raises(TypeError, match=r"retinanet has no option detach; it has \['alpha'"):
+    with pytest.raises(TypeError, match=r"retinanet has no option detach; it has \['aiou_beta', 'alpha'"):
         get_model("retinanet", num_classes=3, detach=True)
     with pytest.raises(TypeError, match=r"iou_aware_retinanet has no option fusion; it has .*fusion_alpha.*nms_iou"):
         get_model("iou_aware_retinanet", num_classes=3, fusion=0.4)

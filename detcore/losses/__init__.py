@@ -1,5 +1,6 @@
 """Losses: ``functional`` gives one value an element, ``terms`` masks, sums and normalises."""
 
+from detcore.losses.aiou import aiou_loss, overlap_term
 from detcore.losses.association import association_term, pce_loss, pse_loss
 from detcore.losses.functional import (
     giou_loss,
@@ -29,6 +30,7 @@ from detcore.losses.weighting import PriorWeight
 __all__ = [
     "LossTerm",
     "PriorWeight",
+    "aiou_loss",
     "arm_box_term",
     "arm_class_term",
     "association_term",
@@ -44,6 +46,7 @@ __all__ = [
     "iou_quality_term",
     "log_iou_loss",
     "odm_class_term",
+    "overlap_term",
     "pce_loss",
     "pse_loss",
     "quality_focal_loss",

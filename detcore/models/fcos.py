@@ -18,7 +18,8 @@ from torchvision.models.detection import FCOS as TorchvisionFCOS
 from detcore.assigners import fcos_assign
 from detcore.coders import DistanceCoder
 from detcore.detector import DenseDetector
-from detcore.losses.functional import giou_loss, log_iou_loss, sigmoid_focal_loss
+from detcore.losses.aiou import aiou_loss
+from detcore.losses.functional import giou_loss, iou_loss, log_iou_loss, sigmoid_focal_loss
 from detcore.losses.terms import box_loss_term, centerness_box_term, centerness_term, focal_term
 from detcore.models import _torchvision
 from detcore.models.retinanet import rehearse
@@ -29,7 +30,7 @@ from detcore.scoring import class_score, fused_score
 
 __all__ = ["fcos", "fcos_improved", "from_torchvision"]
 
-BoxLoss = Literal["log_iou", "log_iou_plus_one", "giou"]
+BoxLoss = Literal["log_iou", "log_iou_plus_one", "iou", "giou", "aiou"]
 Tower = Literal["class_tower", "box_tower"]
 
 _NOTHING: Mapping[str, int] = MappingProxyType({})
@@ -37,7 +38,9 @@ _NOTHING: Mapping[str, int] = MappingProxyType({})
 _BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "log_iou": partial(log_iou_loss, eps=1e-12),
     "log_iou_plus_one": partial(log_iou_loss, eps=1e-12, added=1.0),
+    "iou": iou_loss,
     "giou": giou_loss,
+    "aiou": aiou_loss,  # boxes far off, once shrunk, do part: they get none
 }
 _ACTIVATIONS = {"exp": Exp, "relu": nn.ReLU}
 
@@ -61,6 +64,7 @@ def fcos(
     normalise: bool = False,
     centerness: Tower | None = "class_tower",
     box_loss: BoxLoss = "log_iou",
+    aiou_beta: float = 0.8,
     weigh_boxes: bool | None = None,
     alpha: float = 0.25,
     gamma: float = 2.0,
@@ -100,7 +104,8 @@ def fcos(
         normalise: distances in strides instead of pixels.
         centerness: which tower predicts it; ``None``: nothing does.
         box_loss: ``"log_iou"``, ``"log_iou_plus_one"`` with 1 added to intersection and union as in
-            the released code, or ``"giou"``.
+            the released code, ``"iou"``, ``"giou"`` or ``"aiou"``.
+        aiou_beta: of :func:`detcore.losses.aiou.aiou_loss`.
         weigh_boxes: by true centre-ness; ``None``: where it is predicted.
         alpha: of the focal loss.
         gamma: of the focal loss.
@@ -156,9 +161,11 @@ def fcos(
         box_extras=on_box,
     )
     weighted = centerness is not None if weigh_boxes is None else weigh_boxes
+    aiou_loss(torch.zeros(0, 4), torch.zeros(0, 4), beta=aiou_beta)  # refuses a wrong beta
+    loss = partial(aiou_loss, beta=aiou_beta) if box_loss == "aiou" else _BOX_LOSSES[box_loss]
     losses = {
         "cls": partial(focal_term, alpha=alpha, gamma=gamma),
-        "box": partial(centerness_box_term if weighted else box_loss_term, loss=_BOX_LOSSES[box_loss]),
+        "box": partial(centerness_box_term if weighted else box_loss_term, loss=loss),
     }
     detector = DenseDetector(
         nn.Sequential(trunk, neck),

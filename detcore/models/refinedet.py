@@ -205,7 +205,8 @@ def refinedet(
         candidates: see :func:`detcore.postprocess.select_by_class`.
         max_detections: see there.
         warp_side: see :func:`detcore.models.ssd.ssd`.
-        **options: of :func:`detcore.models.ssd.ssd_detector`.
+        **options: of :func:`detcore.models.ssd.ssd_detector`; ``box_loss`` is that of the second step, the
+            first keeps smooth L1.
 
     Raises:
         ValueError: if an option is out of range; the message names it.
@@ -240,6 +241,8 @@ def refinedet(
         "cls": partial(odm_class_term, ratio=mining_ratio, least=min_objectness),
         "box": partial(box_delta_term, coder=_CODER, beta=1.0),
     }
+    if options.get("box_loss", "smooth_l1") != "smooth_l1":
+        terms["box"] = detector.losses["box"][1]
     detector.losses = {name: (1.0, term) for name, term in terms.items()}
     detector.score = partial(refined_score, min_objectness=min_objectness)
     return detector

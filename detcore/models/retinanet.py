@@ -16,11 +16,11 @@ from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from detcore.assigners import ForceMatch, max_iou_assign
-from detcore.boxes import giou
 from detcore.coders import DeltaCoder
 from detcore.detector import DenseDetector
+from detcore.losses.aiou import overlap_term
 from detcore.losses.functional import sigmoid_focal_loss
-from detcore.losses.terms import box_delta_term, box_iou_term, focal_term
+from detcore.losses.terms import box_delta_term, focal_term
 from detcore.models import _torchvision
 from detcore.nn import FPN, DenseHead, ImageInput, build_trunk
 from detcore.postprocess import select_by_pair, select_by_prior
@@ -51,7 +51,8 @@ def retinanet(
     force_match: ForceMatch = "object",
     alpha: float = 0.25,
     gamma: float = 2.0,
-    box_loss: Literal["smooth_l1", "l1", "giou"] = "smooth_l1",
+    box_loss: Literal["smooth_l1", "l1", "iou", "giou", "aiou"] = "smooth_l1",
+    aiou_beta: float = 0.8,
     candidates_by: Literal["prior", "pair"] = "prior",
     score_threshold: float = 0.05,
     candidates: int = 1000,
@@ -83,7 +84,8 @@ def retinanet(
         alpha: of the focal loss.
         gamma: of the focal loss.
         box_loss: ``"smooth_l1"`` with beta 1/9 (IoU-aware paper), ``"l1"`` (RetinaNet-Conf), both
-            on deltas, or ``"giou"`` on decoded boxes.
+            on deltas; ``"iou"``, ``"giou"`` or ``"aiou"`` on decoded boxes.
+        aiou_beta: of :func:`detcore.losses.aiou.aiou_loss`.
         candidates_by: how candidates compete before suppression, see :mod:`detcore.postprocess`.
         score_threshold: see :func:`detcore.postprocess.select_by_prior`.
         candidates: see there.
@@ -104,8 +106,8 @@ def retinanet(
     """
     if num_classes < 1:
         raise ValueError(f"retinanet: num_classes must be >= 1, background not counted; got {num_classes}.")
-    if box_loss not in ("smooth_l1", "l1", "giou"):
-        raise ValueError(f'retinanet: box_loss must be "smooth_l1", "l1" or "giou"; got {box_loss!r}.')
+    if box_loss not in ("smooth_l1", "l1", "iou", "giou", "aiou"):
+        raise ValueError(f'retinanet: box_loss must be "smooth_l1", "l1", "iou", "giou" or "aiou"; got {box_loss!r}.')
     if candidates_by not in ("prior", "pair"):
         raise ValueError(f'retinanet: candidates_by must be "prior" or "pair"; got {candidates_by!r}.')
     small = backbone == "tiny"
@@ -125,11 +127,11 @@ def retinanet(
         class_extras=class_extras,
         box_extras=box_extras,
     )
-    box_term = {
-        "smooth_l1": partial(box_delta_term, coder=coder, beta=1 / 9),
-        "l1": partial(box_delta_term, coder=coder, beta=0.0),
-        "giou": partial(box_iou_term, measure=giou),
-    }[box_loss]
+    on_deltas = {"smooth_l1": 1 / 9, "l1": 0.0}
+    if box_loss in on_deltas:
+        box_term = partial(box_delta_term, coder=coder, beta=on_deltas[box_loss])
+    else:
+        box_term = overlap_term(box_loss, beta=aiou_beta)
     detector = DenseDetector(
         nn.Sequential(trunk, neck),
         anchors,

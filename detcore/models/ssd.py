@@ -16,6 +16,7 @@ from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from detcore.coders import DeltaCoder
 from detcore.default_boxes import LAYOUTS, Clip, DefaultBoxGenerator
 from detcore.detector import DenseDetector
+from detcore.losses.aiou import overlap_term
 from detcore.losses.mining import hard_negative_mask, softmax_mining_term
 from detcore.losses.terms import box_delta_term
 from detcore.models.retinanet import rehearse
@@ -160,6 +161,8 @@ def ssd_detector(
     positive_iou: float = 0.5,
     rule: ForceRule = "override",
     mining_ratio: float = 3.0,
+    box_loss: Literal["smooth_l1", "iou", "giou", "aiou"] = "smooth_l1",
+    aiou_beta: float = 0.8,
     score_threshold: float = 0.01,
     candidates: int = 400,
     nms_iou: float | None = 0.45,
@@ -176,6 +179,8 @@ def ssd_detector(
         positive_iou: see :func:`detcore.ssd_assigner.ssd_assign`.
         rule: see there.
         mining_ratio: negatives a positive, see :func:`detcore.losses.mining.softmax_mining_term`.
+        box_loss: ``"smooth_l1"`` with beta 1 on deltas; ``"iou"``, ``"giou"`` or ``"aiou"`` on decoded boxes.
+        aiou_beta: of :func:`detcore.losses.aiou.aiou_loss`.
         score_threshold: see :func:`detcore.postprocess.select_by_class`.
         candidates: see there.
         nms_iou: see there.
@@ -190,6 +195,9 @@ def ssd_detector(
     """
     if num_classes < 1:
         raise ValueError(f"ssd: num_classes must be >= 1, background not counted; got {num_classes}.")
+    if box_loss not in ("smooth_l1", "iou", "giou", "aiou"):
+        raise ValueError(f'ssd: box_loss must be "smooth_l1", "iou", "giou" or "aiou"; got {box_loss!r}.')
+    on_deltas = partial(box_delta_term, coder=SSD_CODER, beta=1.0)
     detector = DenseDetector(
         body,
         priors,
@@ -198,7 +206,7 @@ def ssd_detector(
         assign=partial(ssd_assign, positive_iou=positive_iou, rule=rule),
         losses={
             "cls": partial(softmax_mining_term, ratio=mining_ratio),
-            "box": partial(box_delta_term, coder=SSD_CODER, beta=1.0),
+            "box": on_deltas if box_loss == "smooth_l1" else overlap_term(box_loss, beta=aiou_beta),
         },
         score=softmax_score,
         select=partial(
