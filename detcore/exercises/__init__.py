@@ -3,14 +3,34 @@
 from collections.abc import Callable
 from typing import Any
 
-from detcore.exercises import association, fusion_lab, iou_aware, matching, retinanet, retinanet_conf, start
+from detcore.exercises import (
+    association,
+    fusion_lab,
+    iou_aware,
+    matching,
+    retinanet,
+    retinanet_conf,
+    scale_balanced,
+    ssd_family,
+    start,
+)
 from detcore.exercises._base import Exercise, Verdict, Wrong
 
 __all__ = ["EXERCISES", "Exercise", "Verdict", "Wrong", "check", "solution"]
 
 EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
-    for chapter in (start, matching, retinanet, iou_aware, retinanet_conf, association, fusion_lab)
+    for chapter in (
+        start,
+        matching,
+        retinanet,
+        iou_aware,
+        retinanet_conf,
+        association,
+        ssd_family,
+        scale_balanced,
+        fusion_lab,
+    )
     for exercise in chapter.EXERCISES
 }
 """Every exercise with code, by name."""
