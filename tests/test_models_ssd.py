@@ -1,6 +1,7 @@
 """The SSD family at full size: parameters, maps, other people's weights. What holds for every detector: test_models."""
 
 import functools
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from detcore.coders import DeltaCoder
 from detcore.losses.refine import surely_background
 from detcore.models.dssd import dssd320, dssd321, dssd512, dssd513
 from detcore.models.fssd import FusedPyramid, fssd300, fssd512
-from detcore.models.refinedet import RefineHead, TransferConnections, refined_score, refinedet320, refinedet512
+from detcore.models.refinedet import RefineHead, refined_score, refinedet320, refinedet512
 from detcore.models.ssd import from_torchvision, ssd300, ssd512
 from detcore.nn import TinyTrunk
+from detcore.nn.level_head import flatten_map
+from detcore.nn.transfer import TransferConnections
 from detcore.scoring import softmax_score
 from detcore.structures import Priors, pad_targets
 from tests.samples import no_hook
@@ -49,6 +52,8 @@ DSSD320_MAPS = [(1024, side) for side in (40, 20, 10, 5, 3, 1)]
 DSSD512_MAPS = [(1024, side) for side in (64, 32, 16, 8, 4, 2, 1)]
 REFINE320_MAPS = [(512, 40), (512, 20), (1024, 10), (512, 5)]
 REFINE512_MAPS = [(512, 64), (512, 32), (1024, 16), (512, 8)]
+RESNET320_MAPS = [(512, 40), (1024, 20), (2048, 10), (512, 5)]
+RESNET512_MAPS = [(512, 64), (1024, 32), (2048, 16), (512, 8)]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,8 @@ REFINE512_MAPS = [(512, 64), (512, 32), (1024, 16), (512, 8)]
         (refinedet320, 20, 34_440_884, REFINE320_MAPS, 6375),
         (refinedet512, 20, 34_440_884, REFINE512_MAPS, 16320),
         (refinedet320, 80, 36_100_484, REFINE320_MAPS, 6375),
+        (partial(refinedet320, backbone="resnet101"), 80, 82_451_588, RESNET320_MAPS, 6375),
+        (partial(refinedet512, backbone="resnet101"), 80, 82_451_588, RESNET512_MAPS, 16320),
     ],
 )
 def test_detector_has_the_published_size(factory, classes, parameters, maps, priors):
@@ -209,6 +216,53 @@ def test_transfer_connections_by_hand():
     bottom = torch.relu(block.outside[0][0](torch.relu(inside[0] + block.up[0](top)[..., :5, :5])))
     assert_close(found[1], top)
     assert_close(found[0], bottom)
+
+
+def test_transfer_connections_of_the_resnet_version_are_normed():
+    block = TransferConnections([3, 4], 2, norm=doubled)
+    fine, coarse = torch.randn(1, 3, 5, 5), torch.randn(1, 4, 3, 3)
+    first, second = ([m for m in layer if isinstance(m, nn.Conv2d)] for layer in (block.inside[0], block.inside[1]))
+    top = torch.relu(2 * second[1](torch.relu(2 * second[0](coarse))))
+    top = torch.relu(2 * block.outside[1][0](top))
+    side = 2 * first[1](torch.relu(2 * first[0](fine))) + 2 * block.up[0][0](top)[..., :5, :5]
+    found = block([fine, coarse])
+    assert_close(found[1], top)
+    assert_close(found[0], torch.relu(2 * block.outside[0][0](torch.relu(side))))
+    convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    assert len(convolutions) == 7
+    assert all(conv.bias is None for conv in convolutions)
+
+
+def doubled(_):
+    double = nn.Identity()
+    double.register_forward_hook(lambda module, given, result: 2 * result)
+    return double
+
+
+def test_resnet_version_has_a_residual_block_before_every_output():
+    head = RefineHead([4, 6], [2, 2], 4, DeltaCoder((10.0, 10.0, 5.0, 5.0)), width=4, block_width=8).eval()
+    features = [torch.randn(2, 4, 4, 4), torch.randn(2, 6, 2, 2)]
+    corner = torch.rand(1, 40, 2) * 50
+    pred = head(features, Priors(torch.cat([corner, corner + 20], dim=-1), (32, 8)))
+    for level, rows in enumerate((slice(0, 32), slice(32, 40))):
+        first = head.arm_blocks[level](features[level])
+        second = head.odm_blocks[level](head.transfer(features)[level])
+        outputs = {"objectness": first, "arm_deltas": first, "logits": second, "deltas": second}
+        for name, given in outputs.items():
+            found = pred.extras[name] if name in pred.extras else getattr(pred, name)
+            assert_close(found[:, rows], flatten_map(head.outputs[name][level](given), 2))
+    assert [block.main[0].in_channels for block in head.odm_blocks] == [4, 4]  # the transferred maps, not the sources
+
+
+def test_resnet_version_has_its_trunk_and_fourth_map():
+    detector = on_meta(refinedet320, backbone="resnet50", norm="fixed")
+    assert detector.inputs.warp_side == 320
+    assert type(detector.body.trunk.stem[1]).__name__ == "FixedBatchNorm2d"
+    assert all(p.requires_grad for p in detector.parameters())
+    stage = detector.body.stage  # 128-128-512, its 1x1 convolutions of step 2
+    kernels = [(m.out_channels, m.kernel_size[0], m.stride[0]) for m in stage.main if isinstance(m, nn.Conv2d)]
+    assert kernels == [(128, 1, 2), (128, 3, 1), (512, 1, 1)]
+    assert (stage.shortcut[0].kernel_size, stage.shortcut[0].stride) == ((1, 1), (2, 2))
 
 
 def refine_head():

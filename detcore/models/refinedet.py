@@ -3,7 +3,7 @@
 Zhang et al., Single-Shot Refinement Neural Network for Object Detection, CVPR 2018. arXiv:1711.06897
 The anchor refinement module (ARM) says object or not, and moves the priors; transfer connection blocks (TCB)
 carry its maps, coarse to fine, to the object detection module (ODM), which works on the moved priors.
-VGG-16 version; its losses are in :mod:`detcore.losses.refine`.
+VGG-16 and ResNet versions; their losses are in :mod:`detcore.losses.refine`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detcore.coders import BoxCoder, DeltaCoder
@@ -21,58 +20,26 @@ from detcore.detector import DenseDetector
 from detcore.losses.refine import arm_box_term, arm_class_term, odm_class_term, refine_priors, surely_background
 from detcore.losses.terms import box_delta_term
 from detcore.models.ssd import ssd_detector, vgg_or_own
+from detcore.nn.backbones import ResNetTrunk
+from detcore.nn.deconvolution import ResidualBlock, batch_norm
 from detcore.nn.inputs import ImageInput
 from detcore.nn.level_head import flatten_map, level_outputs
-from detcore.nn.pyramids import ExtraShape, SSDPyramid, convolution, halving_extras
+from detcore.nn.pyramids import ExtraShape, SSDPyramid, halving_extras
+from detcore.nn.transfer import ResNetMaps, TransferConnections
 from detcore.nn.vgg import VGGTrunk
 from detcore.scoring import Scores, softmax_score
 from detcore.structures import Predictions, Priors
 
-__all__ = ["RefineHead", "TransferConnections", "refined_score", "refinedet", "refinedet320", "refinedet512"]
+__all__ = [
+    "RefineHead",
+    "refined_score",
+    "refinedet",
+    "refinedet320",
+    "refinedet512",
+]
 
 _CODER = DeltaCoder((10.0, 10.0, 5.0, 5.0))
 """Variances 0.1 and 0.2, clamped on both sides: a prior refined to nothing would have no deltas of its own."""
-
-
-class TransferConnections(nn.Module):
-    """The ARM's maps made ready for the ODM, each enriched by the coarser ones.
-
-    3x3 convolution and ReLU, 3x3 convolution, plus the next coarser result enlarged by a transposed
-    convolution, ReLU, 3x3 convolution and ReLU. The coarsest level has nothing to add.
-
-    Args:
-        in_channels: width of each map, fine to coarse.
-        width: of every result.
-
-    Example:
-        >>> maps = [torch.zeros(1, c, s, s) for c, s in [(8, 5), (16, 3)]]
-        >>> [tuple(m.shape[1:]) for m in TransferConnections([8, 16], 4)(maps)]
-        [(4, 5, 5), (4, 3, 3)]
-
-    Reference: Zhang et al., RefineDet, CVPR 2018, Fig. 2.
-    """
-
-    def __init__(self, in_channels: Sequence[int], width: int) -> None:
-        super().__init__()
-        self.inside = nn.ModuleList(
-            nn.Sequential(*convolution(c, width), convolution(width, width)[0]) for c in in_channels
-        )
-        self.up = nn.ModuleList(nn.ConvTranspose2d(width, width, 2, stride=2) for _ in in_channels[1:])
-        self.outside = nn.ModuleList(convolution(width, width) for _ in in_channels)
-        for layer in self.up:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """One map a level, fine to coarse. Of odd maps, the last row and column of what is added are cut off."""
-        results: list[Tensor] = []
-        for i in reversed(range(len(maps))):
-            x = self.inside[i](maps[i])
-            if results:
-                height, width = x.shape[-2:]
-                x = x + self.up[i](results[0])[..., :height, :width]
-            results.insert(0, self.outside[i](F.relu(x)))
-        return results
 
 
 class RefineHead(nn.Module):
@@ -84,6 +51,8 @@ class RefineHead(nn.Module):
         num_logits: logits a prior in the second step; C + 1, background last.
         coder: reads deltas of both steps back as boxes.
         width: of the maps of the second step.
+        block_width: of a residual block before every output, in both steps (ResNet version, whose transfer
+            connections have batch norm); ``None``: outputs straight on the maps (VGG version).
 
     Returns predictions relative to the **refined** priors, with the ``extras`` that
     :mod:`detcore.losses.refine` lists.
@@ -97,12 +66,25 @@ class RefineHead(nn.Module):
     """
 
     def __init__(
-        self, in_channels: Sequence[int], num_priors: Sequence[int], num_logits: int, coder: BoxCoder, *, width: int
+        self,
+        in_channels: Sequence[int],
+        num_priors: Sequence[int],
+        num_logits: int,
+        coder: BoxCoder,
+        *,
+        width: int,
+        block_width: int | None = None,
     ) -> None:
         super().__init__()
         self.coder, self.num_priors = coder, tuple(num_priors)
-        self.transfer = TransferConnections(in_channels, width)
+        self.transfer = TransferConnections(in_channels, width, norm=batch_norm if block_width else None)
         kernels, wide = [3] * len(in_channels), [width] * len(in_channels)
+        self.arm_blocks, self.odm_blocks = (
+            nn.ModuleList(ResidualBlock(c, block_width) if block_width else nn.Identity() for c in channels)
+            for channels in (in_channels, wide)
+        )
+        if block_width:
+            in_channels = wide = [block_width] * len(in_channels)
         self.outputs = nn.ModuleDict(
             {
                 **level_outputs(in_channels, num_priors, {"objectness": 2, "arm_deltas": 4}, kernels),
@@ -112,9 +94,10 @@ class RefineHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], priors: Priors) -> Predictions:
         """Predictions of the second step, levels joined."""
-        objectness, arm_deltas = (self._joined(name, features) for name in ("objectness", "arm_deltas"))
+        seen = [block(x) for block, x in zip(self.arm_blocks, features, strict=True)]
+        objectness, arm_deltas = (self._joined(name, seen) for name in ("objectness", "arm_deltas"))
         refined = refine_priors(priors, arm_deltas, coder=self.coder)
-        transferred = self.transfer(features)
+        transferred = [block(x) for block, x in zip(self.odm_blocks, self.transfer(features), strict=True)]
         logits, deltas = (self._joined(name, transferred) for name in ("logits", "deltas"))
         boxes = self.coder.decode(deltas, refined.boxes)
         extras = {"objectness": objectness, "arm_deltas": arm_deltas, "arm_priors": priors.boxes}
@@ -182,6 +165,7 @@ def refinedet(
     size: Literal[320, 512] = 320,
     backbone: str | nn.Module = "vgg16",
     weights_backbone: Any = None,
+    norm: Literal["fixed", "batch"] | None = None,
     channels: int = 64,
     clip: Clip | None = None,
     min_objectness: float = 0.01,
@@ -196,8 +180,10 @@ def refinedet(
     Args:
         num_classes: C, >= 1, background not counted.
         size: of the pictures.
-        backbone: see :func:`detcore.models.ssd.ssd`; a trunk of your own has maps of strides 8, 16, 32.
-        weights_backbone: see there.
+        backbone: see :func:`detcore.models.ssd.ssd`; a trunk of your own has maps of strides 8, 16, 32. Also
+            ``"resnet50"`` and ``"resnet101"``, the paper's larger version.
+        weights_backbone: see there, and :class:`detcore.nn.ResNetTrunk`.
+        norm: of a ResNet, see there; other trunks do not look at it.
         channels: width of the extra layer and of the second step on another trunk than VGG's.
         clip: of the first step's priors, see :class:`detcore.default_boxes.DefaultBoxGenerator`.
         min_objectness: below it a negative is not mined in training, and scores 0 in detection.
@@ -220,16 +206,13 @@ def refinedet(
     if not 0 <= min_objectness <= 1:
         raise ValueError(f"refinedet: min_objectness must be in [0, 1]; got {min_objectness}.")
     priors = DefaultBoxGenerator(LAYOUTS[f"refinedet{size}"], clip=clip)
-    trunk = vgg_or_own(backbone, weights=weights_backbone, stride=32)
-    is_vgg = isinstance(trunk, VGGTrunk)
-    extras = [ExtraShape(256, 512)] if is_vgg else halving_extras(channels, 4 - len(trunk.channels))
-    body = SSDPyramid(trunk, extras, scales={0: 10.0, 1: 8.0})
+    body, width, block_width = _body(backbone, weights=weights_backbone, norm=norm, channels=channels)
     detector = ssd_detector(
         body,
         priors,
-        RefineHead(body.channels, priors.num_priors, num_classes + 1, _CODER, width=256 if is_vgg else channels),
+        RefineHead(body.channels, priors.num_priors, num_classes + 1, _CODER, width=width, block_width=block_width),
         num_classes=num_classes,
-        inputs=ImageInput(warp_side=warp_side or (size if is_vgg else None)),
+        inputs=ImageInput(warp_side=warp_side or (size if _is_published(body.trunk) else None)),
         mining_ratio=mining_ratio,
         candidates=candidates,
         max_detections=max_detections,
@@ -246,3 +229,18 @@ def refinedet(
     detector.losses = {name: (1.0, term) for name, term in terms.items()}
     detector.score = partial(refined_score, min_objectness=min_objectness)
     return detector
+
+
+def _body(backbone: str | nn.Module, *, weights: Any, norm: Any, channels: int) -> tuple[nn.Module, int, int | None]:
+    """The maps, the width of the second step's, and that of the head's residual blocks."""
+    if backbone in ("resnet50", "resnet101"):
+        trunk = ResNetTrunk(backbone, weights=weights, norm=norm, trainable_stages=5)
+        return ResNetMaps(trunk, 512), 256, 1024
+    trunk = vgg_or_own(backbone, weights=weights, stride=32)
+    is_vgg = isinstance(trunk, VGGTrunk)
+    extras = [ExtraShape(256, 512)] if is_vgg else halving_extras(channels, 4 - len(trunk.channels))
+    return SSDPyramid(trunk, extras, scales={0: 10.0, 1: 8.0}), 256 if is_vgg else channels, None
+
+
+def _is_published(trunk: nn.Module) -> bool:
+    return isinstance(trunk, VGGTrunk | ResNetTrunk)
