@@ -32,11 +32,16 @@ from detcore.provenance import provenance
 
 CLASSES = ("cat", "dog")
 # Objects fill more of a small picture's priors than of a large one's: anchors, and FCOS's ranges, at half size.
-MODELS = {
-    "iou_aware_retinanet": "anchor_base=2",
-    "retinanet_conf": "anchor_base=2",
-    "fcos_association": "range_base=4",
-    "retinanet": "anchor_base=2",
+# Default boxes of the SSD family are shares of the picture.
+MODELS: dict[str, tuple[str, ...]] = {
+    "iou_aware_retinanet": ("anchor_base=2",),
+    "retinanet_conf": ("anchor_base=2",),
+    "fcos_association": ("range_base=4",),
+    "retinanet": ("anchor_base=2",),
+    "ssd300": (),
+    "fssd300": (),
+    "dssd320": (),
+    "refinedet320": (),
 }
 KEPT = ("AP", "AP50", "AP75", "AP_medium", "AP_large", "AR100")
 
@@ -86,7 +91,7 @@ def _run(recipe: Recipe, model: str, seed: int, data: str) -> dict[str, Any]:
         --weight-decay 0.05 --no-decay-norm-and-bias --schedule cosine --warmup-steps 200 --clip-norm 10
         --ema-decay 0.998 --precision bf16 --eval-every 0 --workers 0 --seed {seed} --threads {recipe.threads}"""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "detcore", *words.split(), "--output", f"{folder}/run", MODELS[model]]
+        command = [sys.executable, "-m", "detcore", *words.split(), "--output", f"{folder}/run", *MODELS[model]]
         subprocess.run(command, check=True)
         text = (Path(folder) / "run" / "result.json").read_text()
     found = json.loads(text.replace(data, "$DETCORE_DATA").replace(f"{folder}/run", f"runs/{model}-{seed}"))
