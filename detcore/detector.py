@@ -1,6 +1,7 @@
 """One detector made of parts. It is never subclassed: a new idea is another part."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,7 +50,8 @@ class DenseDetector(nn.Module):
     or floats in 0..1; :meth:`predict` and :meth:`loss` are one compiled graph each.
 
     Args:
-        body: images to a list of feature maps.
+        body: images to a list of feature maps; or to a pair, that list and what becomes of
+            :attr:`~detcore.structures.Predictions.aside`.
         priors: feature maps and (height, width) of the batch to priors.
         head: feature maps and priors to predictions.
         num_classes: C; labels are 0..C-1.
@@ -102,8 +104,10 @@ class DenseDetector(nn.Module):
     def predict(self, images: Shaped[Tensor, "B 3 H W"]) -> Predictions:
         """Raw predictions of every prior; the batch is normalised here."""
         features = self.body(self.inputs(images))
+        features, aside = features if isinstance(features, tuple) else (features, {})
         height, width = images.shape[-2:]
-        return self.head(features, self.priors(features, (height, width)))
+        pred = self.head(features, self.priors(features, (height, width)))
+        return replace(pred, aside=aside) if aside else pred
 
     def match(self, priors: Priors, targets: Targets) -> Assignment:
         """Which object each prior has to predict."""

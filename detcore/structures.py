@@ -96,6 +96,7 @@ class Predictions:
         boxes: ``deltas`` decoded to corners in pixels, float32, not clipped.
         priors: what ``deltas`` are relative to.
         extras: further maps by name, (B, N, n) each: ``iou``, ``confidence``, ``centerness``...
+        aside: what parts of the body say that is about no prior; only terms that know it read it.
     """
 
     logits: Float[Tensor, "B N K"]
@@ -103,6 +104,7 @@ class Predictions:
     boxes: Float[Tensor, "B N 4"]
     priors: Priors
     extras: dict[str, Tensor] = field(default_factory=dict)
+    aside: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,8 @@ def _checked(i: int, target: Mapping[str, Tensor], num_classes: int | None) -> t
         hint = " An image without objects needs torch.zeros(0, 4)." if boxes.numel() == 0 else ""
         raise ValueError(f"{where} must have shape (n, 4); got {tuple(boxes.shape)}.{hint}")
     if labels.shape != boxes.shape[:1]:
-        raise ValueError(
-            f'pad_targets: targets[{i}]["labels"] must have shape ({len(boxes)},), one label a box; '
-            f"got {tuple(labels.shape)}."
-        )
+        wanted = f'targets[{i}]["labels"] must have shape ({len(boxes)},), one label a box'
+        raise ValueError(f"pad_targets: {wanted}; got {tuple(labels.shape)}.")
     keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     for key in ("ignore", "iscrowd"):
         if key in target:
