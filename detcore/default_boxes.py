@@ -75,6 +75,12 @@ class DefaultBoxLayout:
         """How many default boxes a picture of ``size`` has."""
         return sum(n * f * f for n, f in zip(self.per_cell, self.maps, strict=True))
 
+    @property
+    def side_ranges(self) -> tuple[tuple[float, float], ...]:
+        """SSD's (min size, max size) of each level in pixels; twice the one size without a second square."""
+        following = self.sides if self.last_side is None else (*self.sides[1:], self.last_side)
+        return tuple(zip(self.sides, following, strict=True))
+
     def shapes(self, level: int) -> list[tuple[float, float]]:
         """(width, height) in pixels of the default boxes of one cell, in order."""
         side = self.sides[level]

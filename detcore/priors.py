@@ -59,6 +59,9 @@ class AnchorGenerator(nn.Module):
         base: side of scale 1 in strides, > 0. Four in RetinaNet; smaller for small pictures.
         style: one of the conventions above.
 
+    Attributes:
+        sides: least and largest side of each level's squares in pixels, before any rounding.
+
     Raises:
         ValueError: if a sequence is empty, a value is not positive, or ``style`` is unknown.
 
@@ -88,6 +91,7 @@ class AnchorGenerator(nn.Module):
             raise ValueError(f"AnchorGenerator: style must be one of {sorted(_CELLS)}; got {style!r}.")
         self.strides, self.style = tuple(strides), style
         self.num_priors = len(scales) * len(ratios)
+        self.sides = tuple((base * stride * min(scales), base * stride * max(scales)) for stride in strides)
         for level, stride in enumerate(strides):
             cell = _CELLS[style](stride, base, scales, ratios)
             self.register_buffer(f"cell{level}", cell, persistent=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from torch import Tensor
 
 from detcore.assigners import centerness_target
@@ -37,9 +38,11 @@ class Row:
         has_towers: whether its head has towers, of a ``depth``.
         detections: how many it gives at most.
         rounding: how far a loss may be off under autocast, relatively.
+        half: how far a logit of the model in bfloat16 may be off.
         like: the detector with the same code on another size of pictures, see :data:`EVERY_NETWORK`.
         steps: of training until two pictures are known by heart.
         normalisers: what a term is divided by where that is not the number of positives.
+        without_objects: further terms that a picture without objects teaches.
     """
 
     terms: set[str]
@@ -55,9 +58,11 @@ class Row:
     has_towers: bool = True
     detections: int = 100
     rounding: float = 0.02
+    half: float = 0.1
     like: str | None = None
     steps: int = 60
     normalisers: Mapping[str, Callable[[Predictions, Assignment], Tensor]] = field(default_factory=dict)
+    without_objects: frozenset[str] = frozenset()
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -102,9 +107,17 @@ REFINED = {
     "rounding": 0.1,  # moved priors are matched anew, and some pass or miss the threshold by a hair
     "normalisers": {"arm_cls": arm_positives, "arm_box": arm_positives},
 }
+
+
+def images(pred: Predictions, match: Assignment) -> Tensor:
+    return torch.tensor(float(len(pred.logits)))
+
+
 REFINED_TERMS = {"arm_cls", "arm_box", "cls", "box"}
 LEVELS_300 = {"per_cell": (4, 6, 6, 6, 4, 4), "sides": (16, 8, 4, 2, 1, 1), **DEFAULT_BOXES}
 LEVELS_512 = {"per_cell": (4, 6, 6, 6, 6, 4, 4), "sides": (16, 8, 4, 2, 1, 1, 1), **DEFAULT_BOXES}
+
+SEGMENTED = {"normalisers": {"scws": images}, "without_objects": frozenset({"scws"})}
 
 ZOO = {
     "retinanet": Row({"cls", "box"}, 912_975),
@@ -127,6 +140,11 @@ ZOO = {
     "dssd513": Row({"cls", "box"}, 1_448_208, like="dssd320", **{**LEVELS_512, "per_cell": 8}),
     "refinedet320": Row(REFINED_TERMS, 1_171_832, **REFINED),
     "refinedet512": Row(REFINED_TERMS, 1_171_832, like="refinedet320", **REFINED),
+    "scod320": Row({"cls", "box", "scws"}, 1_515_256, **{**LEVELS_300, "per_cell": 8}, half=0.2, **SEGMENTED),
+    "scod512": Row(
+        {"cls", "box", "scws"}, 1_649_304, like="scod320", **{**LEVELS_512, "per_cell": 8}, half=0.2, **SEGMENTED
+    ),
+    "retinanet_scws": Row({"cls", "box", "scws"}, 1_014_175, **SEGMENTED),
 }
 
 EVERY_NETWORK = pytest.mark.parametrize(

@@ -7,7 +7,19 @@ from typing import Any
 from torch import nn
 
 from detcore.detector import DenseDetector
-from detcore.models import dssd, fcos, fcos_association, fssd, gfl, iou_aware, refinedet, retinanet, retinanet_conf, ssd
+from detcore.models import (
+    dssd,
+    fcos,
+    fcos_association,
+    fssd,
+    gfl,
+    iou_aware,
+    refinedet,
+    retinanet,
+    retinanet_conf,
+    scod,
+    ssd,
+)
 from detcore.models.scale_balanced import balanced
 
 __all__ = ["MODELS", "get_model", "list_models"]
@@ -31,6 +43,9 @@ MODELS: dict[str, Callable[..., DenseDetector]] = {
     "dssd513": dssd.dssd513,
     "refinedet320": refinedet.refinedet320,
     "refinedet512": refinedet.refinedet512,
+    "scod320": scod.scod320,
+    "scod512": scod.scod512,
+    "retinanet_scws": scod.retinanet_scws,
 }
 """Name to factory."""
 
@@ -55,6 +70,10 @@ _PASSES_ON_TO: dict[Callable[..., DenseDetector], Callable[..., DenseDetector]] 
     refinedet.refinedet320: refinedet.refinedet,
     refinedet.refinedet512: refinedet.refinedet,
     refinedet.refinedet: ssd.ssd_detector,
+    scod.scod320: scod.scod,
+    scod.scod512: scod.scod,
+    scod.scod: dssd.dssd,
+    scod.retinanet_scws: retinanet.retinanet,
 }
 """Factory to the function that its ``**options`` go to."""
 

@@ -213,23 +213,37 @@ class DeconvolutionPyramid(nn.Module):
         self.stages = nn.ModuleList(
             ResidualBlock(c, width, shape, norm=norm) for c, shape in zip(inside, stages, strict=True)
         )
-        sources, merged = [*trunk.channels, *[width] * len(stages)], max(1, width // 2)
+        merged = max(1, width // 2)
         coarse = [width, *[merged] * (len(ups) - 1)]
+        self.source_channels = (*trunk.channels, *[width] * len(stages))
+        self.merged_channels = (*[merged] * len(ups), width)
+        self.channels = (width,) * len(self.source_channels)
         self.deconvolutions = nn.ModuleList(
             DeconvolutionModule(c, fine, merged, up, merge=merge, norm=norm)
-            for c, fine, up in zip(coarse, sources[-2::-1], ups, strict=True)
+            for c, fine, up in zip(coarse, self.source_channels[-2::-1], ups, strict=True)
         )
         self.predictions = nn.ModuleList(
-            ResidualBlock(c, width, middle_kernel=middle_kernel, norm=norm) for c in [*[merged] * len(ups), width]
+            ResidualBlock(c, width, middle_kernel=middle_kernel, norm=norm) for c in self.merged_channels
         )
-        self.channels = (width,) * len(sources)
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
         """Maps of all levels, fine to coarse."""
+        return self.finish(self.merge(self.sources(images)))
+
+    def sources(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
+        """Maps of trunk and extra stages, fine to coarse, of widths ``source_channels``."""
         maps = list(self.trunk(images))
         for stage in self.stages:
             maps.append(stage(maps[-1]))
+        return maps
+
+    def merge(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Those merged from coarse to fine, of widths ``merged_channels``; the coarsest stays as it is."""
         merged = [maps[-1]]
         for module, fine in zip(self.deconvolutions, maps[-2::-1], strict=True):
             merged.append(module(merged[-1], fine))
-        return [module(m) for module, m in zip(self.predictions, merged[::-1], strict=True)]
+        return merged[::-1]
+
+    def finish(self, merged: Sequence[Tensor]) -> list[Tensor]:
+        """Those through their prediction modules, of widths ``channels``."""
+        return [module(m) for module, m in zip(self.predictions, merged, strict=True)]
