@@ -109,5 +109,5 @@ def _tower(channels: int, depth: int, norm: Callable[[int], nn.Module] | None) -
         layers.append(init_conv(nn.Conv2d(channels, channels, 3, padding=1)))
         if norm is not None:
             layers.append(norm(channels))
-        layers.append(nn.ReLU())
+        layers.append(nn.ReLU(inplace=True))  # neither convolution nor norm needs its output again
     return nn.Sequential(*layers)

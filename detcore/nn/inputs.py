@@ -100,6 +100,8 @@ class ImageInput(nn.Module):
         return ImageBatch(batch, torch.tensor(sizes, device=device), torch.tensor(scales, device=device))
 
     def _resize(self, image: Tensor) -> Tensor:
+        if image.shape[-2:] == (self.warp_side, self.warp_side):
+            return image
         if self.warp_side is not None:
             return F.interpolate(image[None], size=(self.warp_side, self.warp_side), mode="bilinear")[0]
         if self.short_side is None or self.long_side is None:
