@@ -7,7 +7,7 @@ from torch import Tensor
 
 from detcore.assigners import centerness_target
 from detcore.boxes import pairwise_iou
-from detcore.coders import BoxCoder, DeltaCoder
+from detcore.coders import BoxCoder
 from detcore.structures import Assignment, Priors
 
 
@@ -53,6 +53,7 @@ def trained_outputs(
     targets: list[dict[str, Tensor]],
     num_classes: int,
     *,
+    coder: BoxCoder,
     threshold: float,
     per_level: int,
     seed: int = 0,
@@ -73,7 +74,7 @@ def trained_outputs(
         own = index[near]
         noise = torch.randn(len(near), 5, generator=generator)
         logits[i, near, target["labels"][own]] = 12 * (overlap[near] - 0.4) - 2 + 0.7 * noise[:, 0]
-        deltas[i, near] = DeltaCoder().encode(target["boxes"][own], priors.boxes[0, near]) + 0.05 * noise[:, 1:]
+        deltas[i, near] = coder.encode(target["boxes"][own], priors.boxes[0, near]) + 0.05 * noise[:, 1:]
     return logits, deltas
 
 

@@ -67,7 +67,7 @@ def measure(row: Row, *, repeats: int, budget: float = math.inf) -> Timing:
     Args:
         row: what to time.
         repeats: timed runs of each side, >= 2.
-        budget: processor seconds after which no further repeat starts, once there were five.
+        budget: processor seconds after which no further repeat starts, once there were three.
     """
     if repeats < 2:
         raise ValueError(f"measure: repeats must be >= 2; got {repeats}.")
@@ -81,7 +81,7 @@ def measure(row: Row, *, repeats: int, budget: float = math.inf) -> Timing:
             start = time.process_time()
             sides[which]()
             seconds[which].append(time.process_time() - start)
-        if repeat >= 4 and sum(map(sum, seconds)) > budget:
+        if repeat >= 2 and sum(map(sum, seconds)) > budget:
             break
     ratios = [theirs / ours for theirs, ours in zip(*seconds, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")

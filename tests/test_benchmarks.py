@@ -7,16 +7,31 @@ import pytest
 import torch
 
 from benchmarks import timing
+from benchmarks.augmentation import assert_alike, reference_chain, samples
 from benchmarks.torchvision import QUICK, assert_same_detections, assert_similar_detections, objects, rows
+from detcore.data.transforms import ssd_transform
 
 # Not below 65 pixels: there P7 is made from a map of one cell, and the weight gradient of that convolution in
 # bfloat16 reads memory that nobody wrote (torch 2.15 on processors with AVX512-BF16).
 SMALL = dataclasses.replace(QUICK, size=96, num_classes=5, detect_batches=(2,), per_level=50)
+ROWS = rows(SMALL)
+# SSD300 has no smaller sister: its networks take seconds, and so do pictures enough to compare on average
+SLOW = [name for name in ROWS if "ssd300-step" in name or "ssd300-inference" in name or "augmentation" in name]
 
 
-@pytest.mark.parametrize("name", list(rows(SMALL)))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in ROWS])
 def test_torchvision_and_detcore_agree(name):
-    rows(SMALL)[name]().check()
+    ROWS[name]().check()
+
+
+def test_augmentation_check_notices_a_chain_that_never_zooms_out():
+    mine, theirs = ssd_transform(300, train=True), reference_chain(pil=False)
+    mine.transforms[0].zoom = 0.0
+    given = samples(5)
+    torch.manual_seed(0)
+    sides = [lambda t=t: [t(image, dict(target)) for image, target in given] for t in (mine, theirs)]
+    with pytest.raises(AssertionError, match="Greatest relative difference"):
+        assert_alike(*sides, rounds=8)
 
 
 @pytest.mark.parametrize("name", ["retinanet-loss", "fcos-loss"])
@@ -62,7 +77,7 @@ def test_measure_takes_the_median_of_paired_ratios(monkeypatch):
 
 def test_measure_stops_when_its_budget_is_spent():
     row = timing.Row("a row", check=int, theirs=lambda: sum(range(1000)), ours=lambda: sum(range(1000)))
-    assert timing.measure(row, repeats=20, budget=0.0).repeats == 5
+    assert timing.measure(row, repeats=20, budget=0.0).repeats == 3
 
 
 def test_write_keeps_what_repeats_the_run(tmp_path):
