@@ -69,6 +69,7 @@ RESNET512_MAPS = [(512, 64), (1024, 32), (2048, 16), (512, 8)]
         (dssd321, 20, 172_380_912, DSSD320_MAPS, 17080),
         (dssd512, 20, 156_294_584, DSSD512_MAPS, 43688),
         (dssd513, 20, 175_286_712, DSSD512_MAPS, 43688),
+        (partial(dssd320, merge=None), 20, 97_534_192, DSSD320_MAPS, 17080),
         (refinedet320, 20, 34_440_884, REFINE320_MAPS, 6375),
         (refinedet512, 20, 34_440_884, REFINE512_MAPS, 16320),
         (refinedet320, 80, 36_100_484, REFINE320_MAPS, 6375),
@@ -191,6 +192,21 @@ def test_dssd_needs_caffes_pooling_on_odd_pictures(factory, side):
     other = on_meta(factory).eval()
     with pytest.raises(ValueError, match=r"maps must be halves of each other; .*DilatedResNetTrunk\(pool="):
         maps_of(other, side)
+
+
+def test_ssd_on_a_resnet_is_dssd_without_the_way_back():
+    trunk = TinyTrunk((4, 4, 4, 4, 4))
+    merged, plain = (dssd320(num_classes=2, backbone=trunk, channels=8, merge=merge).eval() for merge in ("sum", None))
+    body, images = plain.body, torch.randn(1, 3, 64, 64)
+    assert not body.deconvolutions
+    expected = [block(m) for block, m in zip(body.predictions, body.sources(images), strict=True)]
+    for found, wanted in zip(body(images), expected, strict=True):
+        assert_close(found, wanted)
+    assert [block.main[0].in_channels for block in body.predictions] == [4, 4, 4, 8, 8, 8]
+    assert [block.main[0].in_channels for block in merged.body.predictions] == [4, 4, 4, 4, 4, 8]
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 50]]), "labels": torch.tensor([1])}
+    sum(plain.train().loss(images, pad_targets([target])).values()).backward()
+    assert all(p.grad is not None for p in plain.parameters())
 
 
 def test_dssd_has_wide_kernels_on_its_two_finest_levels():

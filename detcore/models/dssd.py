@@ -99,7 +99,7 @@ def dssd(
     weights_backbone: Any = None,
     norm: Literal["fixed", "batch"] | None = None,
     channels: int = 64,
-    merge: Literal["product", "sum"] = "product",
+    merge: Literal["product", "sum"] | None = "product",
     middle_kernel: int = 3,
     clip: Clip | None = None,
     warp_side: int | None = None,
@@ -118,7 +118,8 @@ def dssd(
             are those of one cell a picture: train on several pictures at a time.
         channels: width of the new layers on another trunk than a ResNet; these halve any map, and are
             normalised over groups.
-        merge: see :class:`detcore.nn.deconvolution.DeconvolutionModule`.
+        merge: see :class:`detcore.nn.deconvolution.DeconvolutionModule`; ``None``: the paper's own baseline, SSD
+            on the same trunk, extra stages and prediction modules, its maps not merged.
         middle_kernel: see :class:`detcore.nn.deconvolution.ResidualBlock`; 3 or 1.
         clip: see :class:`detcore.default_boxes.DefaultBoxGenerator`.
         warp_side: side to which pictures given to ``detector(images)`` are warped; default ``size``

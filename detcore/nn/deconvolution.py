@@ -182,7 +182,7 @@ class DeconvolutionPyramid(nn.Module):
         stages: extra stages on the last of them.
         ups: transposed convolutions, from the coarsest level down: one fewer than levels.
         width: of extra stages and of the result; merged maps have half.
-        merge: of :class:`DeconvolutionModule`.
+        merge: of :class:`DeconvolutionModule`; ``None``: no way back and no ``ups``, the plain SSD on a ResNet.
         middle_kernel: of the prediction modules, see :class:`ResidualBlock`.
         norm: channels to a normalisation.
 
@@ -203,7 +203,7 @@ class DeconvolutionPyramid(nn.Module):
         ups: Sequence[UpShape],
         width: int,
         *,
-        merge: Literal["product", "sum"] = "product",
+        merge: Literal["product", "sum"] | None = "product",
         middle_kernel: int = 3,
         norm: Norm = batch_norm,
     ) -> None:
@@ -216,11 +216,11 @@ class DeconvolutionPyramid(nn.Module):
         merged = max(1, width // 2)
         coarse = [width, *[merged] * (len(ups) - 1)]
         self.source_channels = (*trunk.channels, *[width] * len(stages))
-        self.merged_channels = (*[merged] * len(ups), width)
+        self.merged_channels = (*[merged] * len(ups), width) if merge else self.source_channels
         self.channels = (width,) * len(self.source_channels)
         self.deconvolutions = nn.ModuleList(
             DeconvolutionModule(c, fine, merged, up, merge=merge, norm=norm)
-            for c, fine, up in zip(coarse, self.source_channels[-2::-1], ups, strict=True)
+            for c, fine, up in (zip(coarse, self.source_channels[-2::-1], ups, strict=True) if merge else ())
         )
         self.predictions = nn.ModuleList(
             ResidualBlock(c, width, middle_kernel=middle_kernel, norm=norm) for c in self.merged_channels
@@ -239,6 +239,8 @@ class DeconvolutionPyramid(nn.Module):
 
     def merge(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Those merged from coarse to fine, of widths ``merged_channels``; the coarsest stays as it is."""
+        if not self.deconvolutions:
+            return list(maps)
         merged = [maps[-1]]
         for module, fine in zip(self.deconvolutions, maps[-2::-1], strict=True):
             merged.append(module(merged[-1], fine))
