@@ -2,6 +2,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from detcore.evaluation.voc import VocEvaluator, eleven_point_ap, precision_recall_area
 from tests import reference
@@ -118,6 +120,19 @@ def test_both_rules_by_hand():
     assert precision_recall_area(correct, 4) == pytest.approx(1 / 4 * 1 + 1 / 4 * 2 / 3)
     # recall .25 covers 0, .1, .2 at precision 1; recall .5 covers .3, .4, .5 at 2/3
     assert eleven_point_ap(correct, 4) == pytest.approx((3 * 1 + 3 * 2 / 3) / 11)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(verdicts=st.lists(st.booleans(), min_size=1, max_size=40), missed=st.integers(0, 10))
+def test_eleven_points_bound_the_area(verdicts, missed):
+    # The envelope falls with recall, so the area between two of the points lies between their heights:
+    # sum of points 1..10 <= 10 area <= sum of points 0..9.
+    correct, wanted = np.array(verdicts), max(1, sum(verdicts) + missed)
+    eleven, area = 11 * eleven_point_ap(correct, wanted), precision_recall_area(correct, wanted)
+    precision = np.cumsum(correct) / np.arange(1, len(correct) + 1)
+    first = precision.max()
+    last = precision[np.cumsum(correct) == wanted].max(initial=0.0)  # at recall 1
+    assert eleven - first - 1e-9 <= 10 * area <= eleven - last + 1e-9
 
 
 def test_average_precision_without_objects_is_nan():
