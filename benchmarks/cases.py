@@ -200,20 +200,6 @@ def _trained_points(ours: DenseDetector, priors: Priors, targets: list[Maps], pe
 _CLASSES, _BOXES = "head.classification_head", "head.regression_head"
 
 CASES = {
-    "retinanet": Case(
-        title="RetinaNet",
-        theirs=RetinaNet,
-        convert=retinanet.from_torchvision,
-        maps={
-            "logits": ("cls_logits", f"{_CLASSES}.cls_logits"),
-            "deltas": ("bbox_regression", f"{_BOXES}.bbox_reg"),
-        },
-        terms={"cls": "classification", "box": "bbox_regression"},
-        deltas=functools.partial(torch.mul, 0.2),
-        trained=_trained_anchors,
-        loss_reads_boxes=False,
-        normalised_by_picture=True,
-    ),
     "fcos": Case(
         title="FCOS",
         theirs=FCOS,
@@ -243,5 +229,19 @@ CASES = {
         loss_reads_boxes=False,
         normalised_by_picture=False,
         first_label=1,
+    ),
+    "retinanet": Case(
+        title="RetinaNet",
+        theirs=RetinaNet,
+        convert=retinanet.from_torchvision,
+        maps={
+            "logits": ("cls_logits", f"{_CLASSES}.cls_logits"),
+            "deltas": ("bbox_regression", f"{_BOXES}.bbox_reg"),
+        },
+        terms={"cls": "classification", "box": "bbox_regression"},
+        deltas=functools.partial(torch.mul, 0.2),
+        trained=_trained_anchors,
+        loss_reads_boxes=False,
+        normalised_by_picture=True,
     ),
 }

@@ -277,22 +277,24 @@ def answer_with(
 def rows(setting: Setting) -> dict[str, Callable[[], Row]]:
     """Name of every comparison to what builds it; built one at a time, because each holds two detectors."""
     made: dict[str, Callable[[], Row]] = {}
+    last = setting.detect_batches[-1]
     for key, case in CASES.items():
         made[f"{key}-loss"] = functools.partial(loss_row, case, setting)
         for batch in setting.detect_batches:
             made[f"{key}-postprocess-{batch}"] = functools.partial(postprocess_row, case, setting, batch)
-        last = setting.detect_batches[-1]
         made[f"{key}-postprocess-untrained-{last}"] = functools.partial(
             postprocess_row, case, setting, last, trained=False
         )
-        for precision in ("fp32", "bf16"):
+    for kind in ("uint8", "pil"):
+        made[f"ssd300-augmentation-{kind}"] = functools.partial(augmentation_row, setting.augmented, pil=kind == "pil")
+    for precision in ("fp32", "bf16"):
+        for key, case in CASES.items():
             made[f"{key}-step-{precision}"] = functools.partial(step_row, case, setting, precision)
-        for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16"):
+        for key, case in CASES.items():
             for batch in setting.detect_batches:
                 name = f"{key}-inference-{precision}-{batch}"
                 made[name] = functools.partial(inference_row, case, setting, batch, precision)
-    for kind in ("uint8", "pil"):
-        made[f"ssd300-augmentation-{kind}"] = functools.partial(augmentation_row, setting.augmented, pil=kind == "pil")
     return made
 
 
@@ -313,6 +315,11 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
 
     torch.set_num_threads(1)
     keeps = options.malloc == "keep" and keep_memory()
+    record = {
+        "command": " ".join(["python -m benchmarks.torchvision", *(sys.argv[1:] if arguments is None else arguments)]),
+        "allocator": "keeps freed memory" if keeps else "system's default",
+        "setting": asdict(setting),
+    }
     timings = []
     for name, build in rows(setting).items():
         if options.only in name:
@@ -320,11 +327,9 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
             row.check()
             timings.append(measure(row, repeats=setting.repeats, budget=setting.budget))
             print(f"{name}: {timings[-1].ratio:.2f}", file=sys.stderr, flush=True)
+            if not options.quick and not options.only:  # after each row: a run that is cut short keeps what it has
+                write(options.output, timings, **record)
     print(table(timings, "torchvision"))
-    if not options.quick and not options.only:
-        command = " ".join(["python -m benchmarks.torchvision", *(sys.argv[1:] if arguments is None else arguments)])
-        allocator = "keeps freed memory" if keeps else "system's default"
-        write(options.output, timings, command=command, allocator=allocator, setting=asdict(setting))
     return timings
 
 
