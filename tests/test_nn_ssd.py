@@ -267,6 +267,21 @@ def test_residual_block_by_hand():
     assert_close(block(x), F.relu(main + F.conv2d(x, block.shortcut[0].weight, stride=2)))
 
 
+def test_residual_stage_trains_in_half_precision_on_maps_one_pixel_wide():
+    # freed memory full of NaN, which oneDNN reads unless the map is widened: see test_fpn_trains_on_maps_one_pixel_wide
+    block = ResidualBlock(64, 64, StageShape(3, 2, 1), norm=group_norm)
+    x = torch.randn(16, 64, 1, 1)
+    for _ in range(10):
+        waste = [torch.full((n,), float("nan")) for n in (9 * 64 * 16, 9 * 64 * 64, 100_000)]
+        del waste
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = block(x)
+        result.float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in block.parameters())
+    assert_close(block(x), torch.relu(block.main(x) + block.shortcut(x)), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("merge", "combine"), [("product", torch.mul), ("sum", torch.add)])
 def test_deconvolution_module_by_hand(merge, combine):
     module = DeconvolutionModule(3, 2, 4, UpShape(2, 2), merge=merge, norm=lambda _: nn.Identity())

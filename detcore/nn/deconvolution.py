@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detcore.nn.necks import _two_pixels
+
 __all__ = [
     "DeconvolutionModule",
     "DeconvolutionPyramid",
@@ -98,9 +100,11 @@ class ResidualBlock(nn.Module):
             *_normed(middle, width, 1, 1, 0, norm=norm),
         )
         self.shortcut = nn.Sequential(*_normed(inside, width, *shape, norm=norm))
+        self.halves = tuple(shape) == (3, 2, 1)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         """ReLU of the sum."""
+        x = _two_pixels(x) if self.halves else x
         return F.relu(self.main(x) + self.shortcut(x))
 
 
