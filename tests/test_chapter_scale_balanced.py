@@ -372,3 +372,43 @@ def test_exercise_by_hand():
     total = torch.tensor([1.0, 8.0]) * scale_balanced_weight(torch.tensor([1, 8]), beta=1.0)
     assert math.isclose(total[0] / total.sum(), 0.245, abs_tol=1e-3)
     assert math.isclose(9 / total.sum(), 2.2, abs_tol=0.01)
+
+
+# --- our own runs, as the page reads them
+
+
+@cache
+def ours():
+    runs = {}
+    for run in json.loads((ROOT / "results/scale_balanced_scenes.json").read_text(encoding="utf-8"))["runs"]:
+        runs.setdefault(run["variant"], {})[run["seed"]] = run
+    return runs
+
+
+def differences(metric, after, before="plain"):
+    """By seed, in points; "small" is recall of small objects at a score of 0.3."""
+
+    def value(run):
+        if metric != "small":
+            return run["metrics"][metric]
+        counts = run["recall"]
+        return counts["found"]["small"][counts["score_thresholds"].index(0.3)] / counts["objects"]["small"]
+
+    a, b = ours()[after], ours()[before]
+    return 100 * np.array([value(a[seed]) - value(b[seed]) for seed in sorted({*a} & {*b})])
+
+
+@pytest.mark.parametrize("loud", ["scb", "const_b3", "inv_b3", "inv_sqrt_b3", "inv_log_b3"])
+def test_on_scenes_loudness_raises_recall_at_a_threshold_and_costs_ap(loud):
+    assert (differences("small", loud) > 0).all()
+    assert (differences("AP", loud) < 0).all()
+
+
+@pytest.mark.parametrize("form", ["scb_mean", "inv_mean", "inv_sqrt_mean", "inv_log_mean"])
+def test_on_scenes_forms_are_close_at_mean_weight_1(form):
+    gain = differences("AP", form)
+    assert len(gain) >= 3
+    assert abs(gain.mean()) < abs(differences("AP", "const_b3").mean()) / 3
+    if form == "scb_mean":
+        assert abs(gain.mean()) <= 2 * gain.std(ddof=1)
+    assert differences("small", form).mean() < 2  # the rise of recall is gone
