@@ -9,11 +9,15 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from benchmarks.scod import QUICK, rows
+from detcore.checkpoint import load_checkpoint
+from detcore.cli import main
 from detcore.losses.segmentation import weak_segmentation_labels
 from detcore.models import get_model
 from detcore.nn import TinyTrunk
 from detcore.nn.deconvolution import group_norm
 from detcore.nn.scws import SegmentationBlock, SegmentationBlocks
+from recipes.scod_scenes import TABLES
 from tests.samples import no_hook, targets_of
 from tests.test_models import calm, count, redraw, two_pictures
 from tests.zoo import small, thin
@@ -313,3 +317,37 @@ def test_wrong_options_are_refused_when_the_model_is_built(name, options, messag
 
 def test_lists_from_a_file_are_as_good_as_tuples():
     assert ranges_of(small("scod320", blocks=[1, 2])) == ranges_of(small("scod320"))[:2]
+
+
+# --- from outside
+
+
+def test_command_line_trains_evaluates_and_goes_on(tmp_path, capsys):
+    data = "scenes:size=64,images=8,test_images=4,seed=3"
+    plain = ["--workers", "0", "--device", "cpu", "--threads", "1"]
+    words = ["train", "--model", "scod320", "--backbone", "tiny", "--data", data, "--size", "64", "--batch-size", "4"]
+    words += [*plain, "--precision", "fp32", "--output", str(tmp_path), "blocks=(1,3)", "aiou_beta=0.7"]
+    assert main([*words, "--epochs", "1"]) == 0
+    assert main([*words, "--epochs", "2", "--resume", "auto"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(tmp_path), "--data", data, "--device", "cpu", "--workers", "0"]) == 0
+    assert "AP50" in capsys.readouterr().out
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert tuple(checkpoint["spec"]["blocks"]) == (1, 3)
+    assert {name.split(".")[3] for name in checkpoint["model"] if name.startswith("body.blocks.blocks")} == {"0", "2"}
+
+
+@pytest.mark.parametrize("name", ["labels", "term", "loop"])
+def test_benchmark_compares_equals(name):
+    rows(QUICK)[name]().check()
+
+
+def test_recipe_names_detectors_that_exist():
+    for table in TABLES.values():
+        for variant, options in table.items():
+            with torch.device("meta"):
+                assert get_model(num_classes=6, backbone="tiny", **options).losses, variant
+    beta = TABLES["beta"]["beta1.0"]
+    found = [built(**{**options, "num_classes": 3}) for options in (beta, TABLES["main"]["iou"])]
+    images, targets = two_pictures()
+    assert found[0].loss(images, targets)["box"].equal(found[1].loss(images, targets)["box"])
