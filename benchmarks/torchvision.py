@@ -212,10 +212,10 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
             sum(terms.values()).backward()
             losses.append(torch.stack([terms[name].detach().float() for name in names]))
             slopes.append(torch.stack([p.grad.float().norm() for p in model.parameters()]).sort().values)
-        # theirs keeps bfloat16 inside its loss, ours works it out in float32
-        tolerance = {"fp32": 1e-4, "bf16": 3e-2}[precision]
+        # theirs keeps bfloat16 inside its loss, where FCOS's boxes round to pixels; ours works it out in float32
+        tolerance, floor = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 1e-2)}[precision]
         assert_close(losses[0], losses[1], rtol=tolerance, atol=0.0)
-        assert_close(slopes[0], slopes[1], rtol=tolerance, atol=1e-3 * float(slopes[1].max()))
+        assert_close(slopes[0], slopes[1], rtol=tolerance, atol=floor * float(slopes[1].max()))
 
     name = f"{case.title}: training step, {precision}, B={setting.batch}"
     return Row(name, check, stepper(theirs, case.their_targets(targets)), stepper(ours, targets))
