@@ -182,14 +182,19 @@ def assert_similar_detections(mine: list[dict[str, Tensor]], theirs: list[dict[s
 
 
 def step_row(case: Case, setting: Setting, precision: str) -> Row:
-    """Pictures and objects in, weights updated: what a user's loop does, through the same door on both sides."""
+    """Pictures and objects in, weights updated: what a user's loop does, through the same door on both sides.
+
+    Theirs as torchvision's reference scripts step, ours as :func:`detcore.training.train` does unless told
+    otherwise: channels_last, also in float32, and the fused optimiser.
+    """
     size = case.side(setting.size)
-    theirs, ours = (prepared(model, precision).train() for model in case.both(size, setting.num_classes))
+    theirs, ours = case.both(size, setting.num_classes)
+    theirs, ours = prepared(theirs, precision).train(), ours.to(memory_format=torch.channels_last).train()
     images = pictures(setting.batch, size)
     targets = objects(setting.batch, size, setting.objects, ours.num_classes)
 
-    def stepper(model: nn.Module, targets: list[Maps]) -> Callable[[], Tensor]:
-        optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    def stepper(model: nn.Module, targets: list[Maps], *, fused: bool) -> Callable[[], Tensor]:
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=fused)
 
         def step() -> Tensor:
             with running(precision):
@@ -218,7 +223,8 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
         assert_close(slopes[0], slopes[1], rtol=tolerance, atol=floor * float(slopes[1].max()))
 
     name = f"{case.title}: training step, {precision}, B={setting.batch}"
-    return Row(name, check, stepper(theirs, case.their_targets(targets)), stepper(ours, targets))
+    by_torchvision = stepper(theirs, case.their_targets(targets), fused=False)
+    return Row(name, check, by_torchvision, stepper(ours, targets, fused=True))
 
 
 # --- inference end to end
