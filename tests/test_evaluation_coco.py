@@ -5,7 +5,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detcore.evaluation.coco import AREA_RANGES, CocoCurves, CocoEvaluator, pycocotools_curves, threshold_grid
+from detcore.evaluation.coco import CocoEvaluator, threshold_grid
+from detcore.evaluation.curves import AREA_RANGES, CocoCurves, pycocotools_curves
 from tests.pictures import pictures
 
 

@@ -1,20 +1,17 @@
 """COCO average precision and recall.
 
-The numbers come from pycocotools behind one function from arrays to arrays, a :data:`CurveEngine`;
-another engine of the same signature can take its place.
+The numbers come from one function from arrays to arrays, a :data:`detcore.evaluation.curves.CurveEngine`: ours in
+NumPy or that of pycocotools, equal to the last bit; another one of the same signature can take their place.
 """
 
-import contextlib
-import io
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from pycocotools.cocoeval import COCOeval
 
+from detcore.evaluation.curves import AREA_RANGES, CocoCurves, CurveEngine, pycocotools_curves
+from detcore.evaluation.numpy_curves import numpy_curves
 from detcore.evaluation.pooling import (
     PooledDetections,
     PooledTargets,
@@ -25,46 +22,11 @@ from detcore.evaluation.pooling import (
     mean_present,
     pool_detections,
     pool_targets,
-    xywh,
 )
 
-__all__ = [
-    "AREA_RANGES",
-    "CocoCurves",
-    "CocoEvaluator",
-    "CurveEngine",
-    "pycocotools_curves",
-    "threshold_grid",
-]
+__all__ = ["CocoEvaluator", "threshold_grid"]
 
-AREA_RANGES = {
-    "all": (0.0, 1e5**2),
-    "small": (0.0, 32.0**2),
-    "medium": (32.0**2, 96.0**2),
-    "large": (96.0**2, 1e5**2),
-}
-"""Bounds of an object's area in square pixels, both inclusive."""
-
-
-@dataclass(frozen=True)
-class CocoCurves:
-    """What COCO's protocol measures, before it is averaged.
-
-    Letters: T IoU thresholds, R = 101 recalls 0, 0.01, ..., 1, C classes, A area ranges in the order
-    of :data:`AREA_RANGES`, L limits on the number of detections.
-
-    Args:
-        precision: largest precision at this recall or a higher one; 0 beyond the recall reached,
-            nan for a class without objects of that size.
-        recall: share of the objects found; nan likewise.
-    """
-
-    precision: Float[np.ndarray, "T R C A L"]
-    recall: Float[np.ndarray, "T C A L"]
-
-
-CurveEngine = Callable[..., CocoCurves]
-"""``(PooledDetections, PooledTargets, *, num_classes, iou_thresholds, limits, area_ranges) -> CocoCurves``."""
+ENGINES: dict[str, CurveEngine] = {"numpy": numpy_curves, "pycocotools": pycocotools_curves}
 
 
 def threshold_grid(start: float = 0.5, stop: float = 0.95, step: float = 0.05) -> tuple[float, ...]:
@@ -92,78 +54,6 @@ def threshold_grid(start: float = 0.5, stop: float = 0.95, step: float = 0.05) -
     return tuple(np.linspace(start, stop, steps + 1).tolist())
 
 
-def pycocotools_curves(
-    detections: PooledDetections,
-    targets: PooledTargets,
-    *,
-    num_classes: int,
-    iou_thresholds: Sequence[float],
-    limits: Sequence[int],
-    area_ranges: Mapping[str, tuple[float, float]] = AREA_RANGES,
-) -> CocoCurves:
-    """Precision and recall of the official implementation, from arrays.
-
-    A target with ``crowd`` takes any number of detections, by intersection over *detection* area. One
-    with ``ignore`` alone takes a single detection, by ordinary IoU, like an object outside the area
-    range: neither is a success or a failure.
-
-    Args:
-        detections: pooled detections of all images.
-        targets: pooled objects of the same images.
-        num_classes: C; labels are 0..C-1.
-        iou_thresholds: least IoU of a match, ascending.
-        limits: numbers of detections an image and class, ascending; the best by score stay.
-        area_ranges: bounds of an object's area by name, A of them.
-
-    Example:
-        >>> dog = {"boxes": [[0, 0, 10, 10]], "labels": [0]}
-        >>> seen = {"boxes": [[0, 0, 10, 8]], "labels": [0], "scores": [0.9]}
-        >>> curves = pycocotools_curves(
-        ...     pool_detections([seen]), pool_targets([dog]), num_classes=1, iou_thresholds=[0.5, 0.9], limits=[100]
-        ... )
-        >>> curves.recall[:, 0, 0, 0].tolist()
-        [1.0, 0.0]
-
-    Reference: Lin et al., Microsoft COCO, ECCV 2014, and cocodataset.org/#detection-eval.
-    """
-    engine = _ArrayEval(detections, targets)
-    engine.params.imgIds = list(range(targets.num_images))
-    engine.params.catIds = list(range(num_classes))
-    engine.params.iouThrs = np.asarray(iou_thresholds, dtype=np.float64)
-    engine.params.maxDets = list(limits)
-    engine.params.areaRng = [list(bounds) for bounds in area_ranges.values()]
-    engine.params.areaRngLbl = list(area_ranges)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        engine.evaluate()
-        engine.accumulate()
-    precision, recall = engine.eval["precision"], engine.eval["recall"]
-    return CocoCurves(np.where(precision < 0, np.nan, precision), np.where(recall < 0, np.nan, recall))
-
-
-class _ArrayEval(COCOeval):
-    """COCOeval that reads arrays instead of two COCO objects."""
-
-    def __init__(self, detections: PooledDetections, targets: PooledTargets):
-        super().__init__(iouType="bbox")
-        self.detections, self.targets = detections, targets
-
-    def _prepare(self):
-        # The original also sets ignore = iscrowd here and so would count difficult objects.
-        self._gts, self._dts = defaultdict(list), defaultdict(list)
-        t, d = self.targets, self.detections
-        rows = zip(
-            t.image.tolist(), t.labels.tolist(), xywh(t.boxes).tolist(), t.area.tolist(), t.crowd.tolist(),
-            t.ignore.tolist(), strict=True,
-        )  # fmt: skip
-        for i, (image, label, box, area, crowd, ignore) in enumerate(rows, 1):  # id 0 would mean "no match"
-            self._gts[image, label].append(
-                {"id": i, "bbox": box, "area": area, "iscrowd": int(crowd), "ignore": int(ignore)}
-            )
-        rows = zip(d.image.tolist(), d.labels.tolist(), xywh(d.boxes).tolist(), d.scores.tolist(), strict=True)
-        for i, (image, label, box, score) in enumerate(rows, 1):
-            self._dts[image, label].append({"id": i, "bbox": box, "area": box[2] * box[3], "score": score})
-
-
 class CocoEvaluator:
     """Average precision and recall by COCO's rules, for lists of dicts from any detector.
 
@@ -178,7 +68,8 @@ class CocoEvaluator:
         max_detections: number of detections an image **and class** that count, >= 1: COCO's rule, though
             its name suggests a limit an image.
         by_size: false leaves out the numbers by object size, which take most of the time.
-        engine: what turns arrays into curves.
+        engine: what turns arrays into curves: ``"numpy"``, ``"pycocotools"``, the slower reference, or
+            a function of yours.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -200,7 +91,7 @@ class CocoEvaluator:
         iou_thresholds: float | Sequence[float] | None = None,
         max_detections: int = 100,
         by_size: bool = True,
-        engine: CurveEngine = pycocotools_curves,
+        engine: str | CurveEngine = "numpy",
     ):
         self.num_classes = check_num_classes(num_classes, caller="CocoEvaluator")
         self.iou_thresholds = check_thresholds(
@@ -211,7 +102,9 @@ class CocoEvaluator:
         self.max_detections = max_detections
         self.limits = sorted({limit for limit in (1, 10) if limit < max_detections} | {max_detections})
         self.area_ranges = AREA_RANGES if by_size else {"all": AREA_RANGES["all"]}
-        self.engine = engine
+        if isinstance(engine, str) and engine not in ENGINES:
+            raise ValueError(f"CocoEvaluator: engine must be one of {sorted(ENGINES)} or a function; got {engine!r}.")
+        self.engine = ENGINES[engine] if isinstance(engine, str) else engine
         self.reset()
 
     def reset(self) -> None:

@@ -87,6 +87,21 @@ def pairs_in_chunks(
     Pairs of one detection lie side by side, objects in the given order, and never in two chunks.
     """
     candidates = np.arange(len(targets.image)) if crowds else np.flatnonzero(~targets.crowd)
+    corner = np.array([0.0, 0.0, 1.0, 1.0]) if inclusive else np.zeros(4)
+    for detection_index, target_index in candidates_in_chunks(detections, targets, candidates, class_aware=class_aware):
+        a = torch.from_numpy(detections.boxes[detection_index] + corner)
+        b = torch.from_numpy(targets.boxes[target_index] + corner)
+        yield detection_index, target_index, iou(a, b).numpy()
+
+
+def candidates_in_chunks(
+    detections: PooledDetections, targets: PooledTargets, candidates: Int[np.ndarray, " n"], *, class_aware: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Detection index and object index of all pairs in one image, with ``class_aware`` of one class, in chunks.
+
+    Pairs of one detection lie side by side, objects in the given order, and never in two chunks. Only the
+    objects ``candidates`` take part.
+    """
     num_labels = 1 + max(detections.labels.max(initial=0), targets.labels.max(initial=0))
     key = detections.image * num_labels + detections.labels if class_aware else detections.image
     target_key = targets.image * num_labels + targets.labels if class_aware else targets.image
@@ -95,7 +110,6 @@ def pairs_in_chunks(
     begin = np.searchsorted(target_key, key, side="left")
     counts = np.searchsorted(target_key, key, side="right") - begin
     total = np.cumsum(counts)
-    corner = np.array([0.0, 0.0, 1.0, 1.0]) if inclusive else np.zeros(4)
     low = 0
     while low < len(key):
         done = total[low - 1] if low else 0
@@ -105,8 +119,5 @@ def pairs_in_chunks(
         if size:
             detection_index = np.repeat(np.arange(low, high), count)
             within = np.arange(size) - np.repeat(np.cumsum(count) - count, count)
-            target_index = candidates[np.repeat(begin[low:high], count) + within]
-            a = torch.from_numpy(detections.boxes[detection_index] + corner)
-            b = torch.from_numpy(targets.boxes[target_index] + corner)
-            yield detection_index, target_index, iou(a, b).numpy()
+            yield detection_index, candidates[np.repeat(begin[low:high], count) + within]
         low = high
