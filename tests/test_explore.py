@@ -238,13 +238,15 @@ def test_explore_unpacked_holds_the_same_frames(plain):
     assert loose[0] == frames_of(Page(plain))[0]
 
 
-def test_explore_png_frames_are_pngs_on_white():
-    page = Page(static(height=slider(0, 2, 2), fmt="png"))
+def test_explore_webp_frames_are_lossless_and_on_white():
+    page = Page(static(height=slider(0, 2, 2), fmt="webp"))
     frames, data = frames_of(page)
-    assert data["fmt"] == "png"
-    assert all(base64.b64decode(f).startswith(b"\x89PNG") for f in frames)
+    assert data["fmt"] == "webp"
+    files = [base64.b64decode(f) for f in frames]
+    # bytes 8 to 16 of the RIFF container name the codec; VP8L is the lossless one
+    assert all((f[:4], f[8:12]) == (b"RIFF", b"WEBP") and b"VP8L" in f[12:64] for f in files)
     stage = page.one("div", role="img")
-    assert "dcx-png" in stage[1]["class"]
+    assert "dcx-webp" in stage[1]["class"]
 
 
 def test_explore_is_small(plain):

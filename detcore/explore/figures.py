@@ -50,7 +50,7 @@ def explore(
         alt: what is to be seen, for readers who do not see it; or a function of the same keywords
             that says it for each frame.
         title: a line above the controls: the question that the reader answers by moving them.
-        fmt: ``"svg"``, or ``"png"`` for heat maps and pictures, which SVG makes large.
+        fmt: ``"svg"``, or ``"webp"`` for heat maps and pictures, which SVG makes large.
         pack: compress the frames; needs a browser of 2023 or later (else the start frame stands still).
         max_frames: most frames that may be drawn.
         static: choose with or without a kernel; by default :func:`is_static` does.
@@ -94,7 +94,7 @@ def show(fig: Any, *, alt: str, fmt: str = "svg") -> None:
         fig: a matplotlib figure, at most 6.4 inches wide; it is closed, so that the notebook does
             not show it again.
         alt: what is to be seen.
-        fmt: ``"svg"``, or ``"png"`` for heat maps, pictures and thousands of points.
+        fmt: ``"svg"``, or ``"webp"`` for heat maps, pictures and thousands of points.
 
     Raises:
         ValueError: if ``alt`` is empty, ``fmt`` unknown, or the figure too wide.
@@ -113,8 +113,8 @@ def show(fig: Any, *, alt: str, fmt: str = "svg") -> None:
 def _check_request(who: str, alt: str | Callable[..., str], fmt: str) -> None:
     if not callable(alt) and not alt.strip():
         raise ValueError(f"{who}: alt must say what the figure shows; got an empty text.")
-    if fmt not in ("svg", "png"):
-        raise ValueError(f'{who}: fmt must be "svg" or "png"; got {fmt!r}.')
+    if fmt not in ("svg", "webp"):
+        raise ValueError(f'{who}: fmt must be "svg" or "webp"; got {fmt!r}.')
 
 
 def _still(fig: Any, what: str, alt: str, fmt: str) -> str:

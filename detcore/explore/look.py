@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 __all__ = ["PALETTE", "STYLE", "style"]
 
-_INK = "#010203"  # a black nobody uses: becomes currentColor in the SVG, stays black in a PNG
+_INK = "#010203"  # a black nobody uses: becomes currentColor in the SVG, stays black in a picture
 _MAX_WIDTH = 6.4  # inches; a wider figure has letters under 8 px on a phone of 390 px
 
 PALETTE: Mapping[str, str] = MappingProxyType(
@@ -94,10 +94,10 @@ def checked(fig: Any, what: str) -> Figure:
 
 
 def draw(fig: Figure, fmt: str) -> str:
-    """The picture as SVG text, or as base64 PNG. Byte-identical for the same figure."""
+    """The picture as SVG text, or as base64 WebP. Byte-identical for the same figure."""
     buffer = io.BytesIO()
-    if fmt == "png":
-        fig.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    if fmt == "webp":  # lossless as PNG is, at half its size
+        fig.savefig(buffer, format="webp", dpi=160, facecolor="white", pil_kwargs={"lossless": True})
         return base64.b64encode(buffer.getvalue()).decode()
     with rc_context({"svg.hashsalt": "detcore", "svg.fonttype": "path"}):
         fig.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

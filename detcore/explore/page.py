@@ -20,7 +20,7 @@ _CSS = (
     ".dcx{margin:1.25rem 0;color:inherit;break-inside:avoid}"
     ".dcx figcaption{font-weight:600;margin:0 0 .5rem}"
     ".dcx-stage{margin:0 auto}.dcx-stage svg,.dcx-stage img{display:block;width:100%;height:auto}"
-    ".dcx-stage.dcx-png{background:#fff}"
+    ".dcx-stage.dcx-webp{background:#fff}"
     ".dcx-bar{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;max-width:36rem;margin:0 auto .5rem}"
     ".dcx-bar label{display:flex;gap:.6rem;align-items:center;flex:1 1 14rem;min-height:2.5rem;margin:0}"
     ".dcx-bar input{flex:1;min-width:6rem;margin:0;height:2rem}"
@@ -36,7 +36,7 @@ const load=()=>p??=d.gz?new Response(new Blob([Uint8Array.from(atob(d.gz),c=>c.c
 const show=async()=>{for(const c of cs){const t=JSON.parse(c.dataset.texts)[c.value];
 if(c.type==='range'){c.setAttribute('aria-valuetext',t);c.nextElementSibling.textContent=t}}
 const f=await load(),i=cs.reduce((a,c)=>a*JSON.parse(c.dataset.texts).length+ +c.value,0);
-s.innerHTML=d.fmt==='png'?`<img alt="" src="data:image/png;base64,${f[i]}">`:f[i];
+s.innerHTML=d.fmt==='webp'?`<img alt="" src="data:image/webp;base64,${f[i]}">`:f[i];
 s.setAttribute('aria-label',d.alt.length>1?d.alt[i]:d.alt[0]);r.dataset.frame=i};
 for(const c of cs){c.disabled=false;c.addEventListener('input',show)}r.dataset.ready=1;
 if(cs.some(c=>c.value!==c.dataset.start))show()})()"""
@@ -46,8 +46,8 @@ def still(drawn: str, fmt: str, alt: str, width: float) -> str:
     """One picture that stands still.
 
     Args:
-        drawn: SVG text, or a PNG in base64.
-        fmt: ``"svg"`` or ``"png"``.
+        drawn: SVG text, or a WebP picture in base64.
+        fmt: ``"svg"`` or ``"webp"``.
         alt: what is to be seen.
         width: of the figure, in inches.
 
@@ -76,8 +76,8 @@ def moving(
     """Pictures under controls, with the script that switches between them.
 
     Args:
-        frames: SVG texts, or PNGs in base64, for every combination of stops, the last control fastest.
-        fmt: ``"svg"`` or ``"png"``.
+        frames: SVG texts, or WebP pictures in base64, for every combination of stops, the last control fastest.
+        fmt: ``"svg"`` or ``"webp"``.
         alts: what is to be seen, one text a frame.
         width: of the figures, in inches.
         controls: by name, in the order that the combinations were made in.
@@ -129,7 +129,7 @@ def _key(*parts: Any) -> str:
 
 
 def _frame(drawn: str, fmt: str) -> str:
-    return drawn if fmt == "svg" else f'<img alt="" src="data:image/png;base64,{drawn}">'
+    return drawn if fmt == "svg" else f'<img alt="" src="data:image/webp;base64,{drawn}">'
 
 
 def _stage(frame: str, alt: str, width: float, fmt: str) -> str:
