@@ -1,0 +1,83 @@
+"""Fast forms of matching, losses and suppression: each computes what a plain function elsewhere says.
+
+The plain function is what one reads; its fast form, in a file of this package, has the same signature.
+:func:`accelerated` joins the two where the plain one is defined, and is the only place that chooses. Tests hold
+the two to equal values and gradients; a fast form that is not well ahead of the plain one is deleted.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["accelerated", "disable", "enabled"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OFF = "DETCORE_KERNELS"
+_switch = {"on": os.environ.get(_OFF, "1") != "0"}
+
+
+def enabled() -> bool:
+    """Whether fast forms may be used: yes, unless :func:`disable` or ``DETCORE_KERNELS=0`` says no.
+
+    Example:
+        >>> with disable():
+        ...     enabled()
+        False
+    """
+    return _switch["on"]
+
+
+@contextlib.contextmanager
+def disable() -> Iterator[None]:
+    """Use the plain functions only, as long as the context lasts. To be sure that a result is not a kernel's doing.
+
+    For a whole process set the environment variable ``DETCORE_KERNELS=0``.
+
+    Example:
+        >>> from detcore.losses import sigmoid_focal_loss
+        >>> with disable():
+        ...     round(float(sigmoid_focal_loss(torch.zeros(()), torch.tensor(True))), 4)
+        0.0433
+    """
+    before, _switch["on"] = _switch["on"], False
+    try:
+        yield
+    finally:
+        _switch["on"] = before
+
+
+def accelerated(fast: Callable[P, R], *, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Call ``fast`` instead of the decorated function, where it applies.
+
+    A compiler is always given the plain function: it fuses by itself, and sees one graph.
+
+    Args:
+        fast: of the same signature and result.
+        when: given the arguments, whether ``fast`` can take them. It must not read values on a GPU.
+
+    Returns:
+        A decorator. What it returns keeps the plain function as ``__wrapped__``.
+
+    Example:
+        >>> @accelerated(lambda x: x << 1, when=lambda x: isinstance(x, int))
+        ... def double(x):
+        ...     return x + x
+        >>> double(3), double("ab"), double.__wrapped__(3)
+        (6, 'abab', 6)
+    """
+
+    def join(plain: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(plain)
+        def choose(*args: P.args, **kwargs: P.kwargs) -> R:
+            usable = enabled() and not torch.compiler.is_compiling() and when(*args, **kwargs)
+            return (fast if usable else plain)(*args, **kwargs)
+
+        return choose
+
+    return join
