@@ -11,6 +11,7 @@ from detcore.exercises import (
     retinanet,
     retinanet_conf,
     scale_balanced,
+    scod,
     ssd_family,
     start,
 )
@@ -29,6 +30,7 @@ EXERCISES: dict[str, Exercise] = {
         association,
         ssd_family,
         scale_balanced,
+        scod,
         fusion_lab,
     )
     for exercise in chapter.EXERCISES
