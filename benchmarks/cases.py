@@ -12,7 +12,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from benchmarks.synthetic import objects, trained_outputs, trained_points
+from benchmarks.synthetic import objects, seeded, trained_outputs, trained_points
 from detcore.default_boxes import LAYOUTS
 from detcore.detector import DenseDetector
 from detcore.models import fcos, retinanet, ssd
@@ -53,11 +53,11 @@ class Case:
         """Side in pixels of this detector's pictures where the setting asks for ``size``."""
         return size
 
-    def both(self, size: int, num_classes: int) -> tuple[nn.Module, DenseDetector]:
-        """Theirs on ResNet-18 with random weights, and ours with the same."""
+    def both(self, size: int, num_classes: int, backbone: str = "resnet18") -> tuple[nn.Module, DenseDetector]:
+        """Theirs on a ResNet with random weights, and ours with the same."""
         torch.manual_seed(0)
         trunk = resnet_fpn_backbone(
-            backbone_name="resnet18",
+            backbone_name=backbone,
             weights=None,
             norm_layer=nn.BatchNorm2d,
             trainable_layers=5,
@@ -87,7 +87,7 @@ class Case:
 
     def random_maps(self, shape: tuple[int, int], num_classes: int) -> Maps:
         """Outputs as at the start of training, (B, N, n) each, with gradients."""
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded(0)
 
         def draw(n: int) -> Tensor:
             return torch.randn(*shape, n, generator=generator)
@@ -143,8 +143,8 @@ class SsdCase(Case):
         """Always 300."""
         return 300
 
-    def both(self, size: int, num_classes: int) -> tuple[nn.Module, DenseDetector]:
-        """Theirs with random weights, and ours with the same."""
+    def both(self, size: int, num_classes: int, backbone: str = "vgg16") -> tuple[nn.Module, DenseDetector]:
+        """Theirs with random weights, and ours with the same; the trunk is always VGG-16."""
         torch.manual_seed(0)
         theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes)
         return theirs, self.convert(theirs)

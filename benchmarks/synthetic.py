@@ -11,9 +11,14 @@ from detcore.coders import BoxCoder
 from detcore.structures import Assignment, Priors
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator on the default device, where tensors without a device of their own are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def pictures(batch: int, size: int, *, seed: int = 0) -> list[Tensor]:
     """Noise, (3, ``size``, ``size``) in 0..1 each."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return [torch.rand(3, size, size, generator=generator) for _ in range(batch)]
 
 
@@ -29,7 +34,7 @@ def objects(batch: int, size: int, count: int, num_classes: int, *, same_boxes: 
             positive priors as the next, and normalising by picture or by batch is the same.
         seed: of the generator.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     boxes = [_boxes(count, size, generator) for _ in range(batch)]
     return [
         {
@@ -64,7 +69,7 @@ def trained_outputs(
     at most 2 in 100). Priors that overlap an object by more than 0.4 score the higher for its class the more they
     overlap, and decode to nearly its box.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     batch, count = len(targets), sum(priors.counts)
     logits = _background(priors, batch, num_classes, threshold, per_level, generator)
     deltas = 0.2 * torch.randn(batch, count, 4, generator=generator)
@@ -93,7 +98,7 @@ def trained_points(
     The background's centre-ness is about 1/2, and ``threshold`` is that of the root of the product. Points that own
     an object score the higher the more central they are.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     batch, count = match.labels.shape
     logits = _background(priors, batch, num_classes, 2 * threshold**2, per_level, generator)
     centerness = 0.1 * torch.randn(batch, count, 1, generator=generator)

@@ -59,15 +59,18 @@ class Timing:
     repeats: int
 
 
-def measure(row: Row, *, repeats: int, budget: float = math.inf) -> Timing:
+def measure(
+    row: Row, *, repeats: int, budget: float = math.inf, clock: Callable[[], float] = time.process_time
+) -> Timing:
     """Time both sides in turns, each first in every other repeat, after one run of each that does not count.
 
-    The clock is the process's processor time: on shared cores wall time measures the neighbours.
+    On a processor the clock is the process's own time: on shared cores wall time measures the neighbours.
 
     Args:
         row: what to time.
         repeats: timed runs of each side, >= 2.
-        budget: processor seconds after which no further repeat starts, once there were three.
+        budget: seconds of the clock after which no further repeat starts, once there were three.
+        clock: seconds.
     """
     if repeats < 2:
         raise ValueError(f"measure: repeats must be >= 2; got {repeats}.")
@@ -78,9 +81,9 @@ def measure(row: Row, *, repeats: int, budget: float = math.inf) -> Timing:
     seconds: list[list[float]] = [[], []]
     for repeat in range(repeats):
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):
-            start = time.process_time()
+            start = clock()
             sides[which]()
-            seconds[which].append(time.process_time() - start)
+            seconds[which].append(clock() - start)
         if repeat >= 2 and sum(map(sum, seconds)) > budget:
             break
     ratios = [theirs / ours for theirs, ours in zip(*seconds, strict=True)]
@@ -113,19 +116,27 @@ def table(timings: list[Timing], theirs: str) -> str:
 
 
 def write(
-    path: pathlib.Path, timings: list[Timing], *, command: str, allocator: str, setting: dict[str, object]
+    path: pathlib.Path,
+    timings: list[Timing] | list[dict[str, object]],
+    *,
+    command: str,
+    allocator: str,
+    setting: dict[str, object],
+    clock: str = "process CPU time, one thread, sides interleaved; ratio is the median of paired ratios",
+    device: str | None = None,
 ) -> None:
-    """Keep the measurements with what is needed to repeat them."""
+    """Keep the measurements with what is needed to repeat them; ``device`` is a GPU's name."""
     record = {
         "command": command,
         **_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "device": ({"gpu": device} if device else {})
+        | {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "torchvision", "numpy")}},
-        "clock": "process CPU time, one thread, sides interleaved; ratio is the median of paired ratios",
+        "clock": clock,
         "allocator": allocator,
         "setting": setting,
-        "rows": [asdict(t) for t in timings],
+        "rows": [t if isinstance(t, dict) else asdict(t) for t in timings],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ class Setting:
 
     Args:
         size: side of the pictures in pixels, a multiple of 32; SSD300's are 300.
+        backbone: trunk under the pyramid; SSD300's is VGG-16.
         num_classes: logits a prior; torchvision's COCO models have 91.
         objects: objects a picture.
         batch: pictures in training.
@@ -46,6 +47,7 @@ class Setting:
     """
 
     size: int = 320
+    backbone: str = "resnet18"
     num_classes: int = 91
     objects: int = 7
     batch: int = 4
@@ -65,7 +67,7 @@ QUICK = Setting(size=128, num_classes=21, batch=2, detect_batches=(1, 2), per_le
 @contextlib.contextmanager
 def running(precision: str) -> Iterator[None]:
     """float32, or bfloat16 by autocast."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         yield
 
 
@@ -80,7 +82,7 @@ def prepared(model: nn.Module, precision: str) -> nn.Module:
 def loss_row(case: Case, setting: Setting) -> Row:
     """Assignment and loss, forward and back to the head's outputs; decoding is part of it where the loss needs it."""
     size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes)
+    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
     priors = case.priors(ours, size)
     targets = objects(setting.batch, size, setting.objects, ours.num_classes)
     padded, their_targets = pad_targets(targets), case.their_targets(targets)
@@ -127,7 +129,7 @@ def loss_row(case: Case, setting: Setting) -> Row:
 def postprocess_row(case: Case, setting: Setting, batch: int, *, trained: bool = True) -> Row:
     """From the head's outputs to detections; decoding is part of it."""
     size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes)
+    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
     priors = case.priors(ours, size)
     if trained:
         maps = case.trained_maps(ours, priors, batch, size, setting.per_level)
@@ -188,7 +190,7 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
     otherwise: channels_last, also in float32, and the fused optimiser.
     """
     size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes)
+    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
     theirs, ours = prepared(theirs, precision).train(), ours.to(memory_format=torch.channels_last).train()
     images = pictures(setting.batch, size)
     targets = objects(setting.batch, size, setting.objects, ours.num_classes)
@@ -233,7 +235,9 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
 def inference_row(case: Case, setting: Setting, batch: int, precision: str) -> Row:
     """Pictures in, detections out."""
     size = case.side(setting.size)
-    theirs, ours = (prepared(model, precision).eval() for model in case.both(size, setting.num_classes))
+    theirs, ours = (
+        prepared(model, precision).eval() for model in case.both(size, setting.num_classes, setting.backbone)
+    )
     images = pictures(batch, size)
     priors = case.priors(ours, size)
     maps = case.trained_maps(ours, priors, batch, size, setting.per_level)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import timing
+from benchmarks import gpu, limits, timing
 from benchmarks.augmentation import assert_alike, reference_chain, samples
 from benchmarks.torchvision import QUICK, assert_same_detections, assert_similar_detections, objects, rows
 from detcore.data.transforms import ssd_transform
@@ -62,14 +62,14 @@ def test_objects_are_sound_boxes():
         assert (boxes <= 64).all()
 
 
-def test_measure_takes_the_median_of_paired_ratios(monkeypatch):
+def test_measure_takes_the_median_of_paired_ratios():
     now, cost = [0.0], iter([9.0, 9.0, 2.0, 1.0, 4.0, 8.0, 3.0, 1.0])  # warm-up; then by turns, every other swapped
-    monkeypatch.setattr(timing.time, "process_time", lambda: now[0])
 
     def work():
         now[0] += next(cost)
 
-    measured = timing.measure(timing.Row("a row", check=work, theirs=work, ours=work), repeats=3)
+    row = timing.Row("a row", check=work, theirs=work, ours=work)
+    measured = timing.measure(row, repeats=3, clock=lambda: now[0])
     assert measured.ratio == 2.0  # of 2 / 1, 8 / 4 and 3 / 1
     assert (measured.theirs_ms, measured.ours_ms, measured.repeats) == (3000.0, 1000.0, 3)
     assert "2.00" in timing.table([measured], "torchvision")
@@ -88,3 +88,28 @@ def test_write_keeps_what_repeats_the_run(tmp_path):
     assert record["rows"] == [dataclasses.asdict(row)]
     assert {"command", "commit", "date", "device", "versions", "setting", "allocator"} <= set(record)
     assert record["device"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("name", ["retinanet-limit-fp32", "fcos-limit-bf16"])
+def test_network_alone_teaches_every_weight_as_a_step_does(name):
+    limits.rows(SMALL)[name]().check()
+
+
+def test_gpu_plan_begins_with_what_matters_and_names_each_row_once():
+    names = [name for name, _ in gpu.plan()]
+    assert names[0] == "retinanet-step-bf16-320"
+    assert len(set(names)) == len(names)
+    assert {name.split("-")[0] for name in names} == {"retinanet", "fcos", "ssd300"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_benchmark_says_that_there_is_no_gpu():
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu.main([])
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_runs_on_a_processor():
+    found = gpu.main(["--device", "cpu", "--quick"])
+    assert [row["name"] for row in found] == [name for name, _ in gpu.quick_plan()]
+    assert all(row["ours"]["kernels"] == 0 < row["ratio"] for row in found)
