@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -6,7 +7,15 @@ import torch
 from torchvision import tv_tensors
 
 from detcore.data.batch import PAD_COLOUR, Batch, collate
-from detcore.data.loader import CachedDataset, CachedLoader, EpochSampler, TransformedDataset, make_loader
+from detcore.data.colours import change_colours, draw_colours
+from detcore.data.loader import (
+    CachedDataset,
+    CachedLoader,
+    EpochSampler,
+    Recoloured,
+    TransformedDataset,
+    make_loader,
+)
 from detcore.data.sampling import mix
 from detcore.data.scenes import Scenes
 from detcore.data.transforms import flip_transform, retinanet_transform, square_transform, ssd_transform
@@ -408,3 +417,58 @@ def test_cached_loader_on_a_gpu_equals_the_cpu(scenes, gpu):
     for batch, other in zip(*both, strict=True):
         assert other.images.device.type == gpu.type
         assert_same(batch, other.to("cpu"))
+
+
+# --- colours on the device
+
+
+def test_recoloured_batches_differ_in_colours_only(scenes):
+    plain = list(loaders(scenes, "cached")())
+    recoloured = list(Recoloured(loaders(scenes, "cached")(), device="cpu", seed=3))
+    changed = 0
+    for batch, other in zip(plain, recoloured, strict=True):
+        assert_same(replace(other, images=batch.images), batch)
+        changed += int((batch.images != other.images).any(dim=(1, 2, 3)).sum())
+    assert 0.8 * len(scenes) < changed < len(scenes) + 1  # 1 in 16 is left alone, greys more often
+
+
+def test_recoloured_depends_on_seed_epoch_and_index_only(scenes):
+    def pictures(seed, epoch, **order):
+        order = {"batch_size": 4, "shuffle": False, **order}
+        loader = Recoloured(make_loader(scenes, None, **order), device="cpu", seed=seed)
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        indices = torch.cat([batch.indices for batch in batches])
+        return torch.cat([batch.images for batch in batches])[indices.argsort()]
+
+    first = pictures(1, 0)
+    assert torch.equal(pictures(1, 0, batch_size=5, shuffle=True), first)
+    for other in (pictures(2, 0), pictures(1, 1)):
+        assert (other != first).any(dim=(1, 2, 3)).float().mean() > 0.8
+
+
+def test_recoloured_keeps_the_padding_and_answers_as_its_loader(scenes):
+    loader = Recoloured(make_loader(scenes, narrow, batch_size=3, shuffle=False), device="cpu", seed=5)
+    iterator = iter(loader)
+    batch = next(iterator)
+    assert (batch.images[0, :, 56:].flatten(1) == torch.tensor(PAD_COLOUR)[:, None]).all()
+    assert loader.state_dict()["position"] == 1
+    assert loader.dataset is loader.loader.dataset
+    chance = loader._chance(batch.indices)
+    plain = next(iter(make_loader(scenes, narrow, batch_size=3, shuffle=False)))
+    wanted = change_colours(plain.images, draw_colours(chance), spare=PAD_COLOUR)
+    torch.testing.assert_close(batch.images, wanted, rtol=0, atol=0)
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = loader.colour
+
+
+def test_recoloured_draws_evenly_and_apart_from_flips(scenes):
+    loader = Recoloured(make_loader(scenes, None, batch_size=4, shuffle=False), device="cpu", seed=1)
+    chance = loader._chance(torch.arange(5000))
+    assert ((chance >= 0) & (chance < 1)).all()
+    error = (1 / 12 / 5000) ** 0.5
+    assert (chance.mean(0) - 0.5).abs().max() < 4 * error
+    assert (torch.corrcoef(chance.T) - torch.eye(9)).abs().max() < 4.5 / 5000**0.5
+    flips = torch.from_numpy((mix(1, 0, np.arange(5000)) >> np.uint64(11)).astype(np.float32))
+    assert torch.corrcoef(torch.stack([flips, chance[:, 0]]))[0, 1].abs() < 4 / 5000**0.5

@@ -6,15 +6,20 @@ one would have seen, with any number of workers.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detcore.data.batch import PAD_COLOUR, Batch, collate
 from detcore.data.cache import CachedDataset, CachedLoader
-from detcore.data.sampling import Counted, EpochSampler, Transform, TransformedDataset
+from detcore.data.colours import change_colours, draw_colours
+from detcore.data.sampling import Counted, EpochSampler, Transform, TransformedDataset, mix
 
 __all__ = [
     "PAD_COLOUR",
@@ -23,10 +28,13 @@ __all__ = [
     "CachedLoader",
     "EpochSampler",
     "Loader",
+    "Recoloured",
     "TransformedDataset",
     "collate",
     "make_loader",
 ]
+
+COLOURS = 0x436F6C6F7572  # what tells these random numbers from those of the order and the flips
 
 
 class Loader(Counted, DataLoader):
@@ -89,3 +97,49 @@ def make_loader(
         # a resumed run would make one draw more than an unbroken one.
         generator=torch.Generator(),
     )
+
+
+class Recoloured:
+    """The batches of a loader on a device, SSD's change of colours made there for a whole batch at once.
+
+    The change of a picture follows from ``(seed, epoch, index)``. Pixels of the padding's colour stay as they are,
+    so what lies around a zoomed-out picture is still the mean colour. Whatever else is asked of it, the loader answers.
+
+    Args:
+        loader: gives :class:`Batch`, its pictures' colours unchanged so far.
+        device: of the batches.
+        seed: of the changes, >= 0.
+
+    Example:
+        >>> from detcore.data.scenes import Scenes
+        >>> plain = make_loader(Scenes(6, size=64), None, batch_size=4, shuffle=False)
+        >>> loader = Recoloured(plain, device="cpu")
+        >>> [len(batch) for batch in loader], loader.state_dict()["epoch"]
+        ([4, 2], 1)
+
+    Reference: Liu et al., SSD, ECCV 2016, section 2.2.
+    """
+
+    def __init__(self, loader: Loader | CachedLoader, *, device: torch.device | str, seed: int = 0) -> None:
+        self.loader, self.device, self.seed = loader, torch.device(device), seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            changes = draw_colours(self._chance(batch.indices))
+            if self.device.type == "cuda":  # from other memory the copy would wait for the GPU
+                changes = changes.pin_memory()
+            moved = batch.to(self.device, non_blocking=True)
+            changes = changes.to(self.device, non_blocking=True)
+            yield replace(moved, images=change_colours(moved.images, changes, spare=PAD_COLOUR))
+
+    def _chance(self, indices: Tensor) -> Float[Tensor, "B 9"]:
+        """Nine numbers a picture, uniform in [0, 1)."""
+        keys = (9 * indices[:, None] + torch.arange(9)).flatten().numpy()
+        words = mix(self.seed ^ COLOURS, self.loader.batch_sampler.epoch, keys)
+        return torch.from_numpy((words >> np.uint64(40)).astype(np.float32) * 2.0**-24).view(-1, 9)

@@ -1,70 +1,33 @@
-"""SSD's augmentation: colours, zoom out and crop, with the pixels touched once."""
+"""SSD's geometry: zoom out, crop and mirror, decided on the boxes alone, with the pixels touched once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from detcore.boxes import pairwise_iou
 from detcore.data._rows import keep_rows
 from detcore.data.batch import PAD_COLOUR
 
-__all__ = ["PhotometricDistort", "SsdCrop"]
+__all__ = ["SsdCrop"]
+
+LEAST_OVERLAPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+"""What a window's IoU has to reach, one way of choosing it each; the seventh way is the whole canvas."""
 
 
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * torch.rand(()).item()
-
-
-def _chance(probability: float) -> bool:
-    return torch.rand(()).item() < probability
-
-
-class PhotometricDistort(nn.Module):
-    """Brightness, contrast, saturation and hue of a picture, each changed with probability 0.5.
-
-    Ranges are those of SSD's Caffe code: brightness +-32 of 255, contrast and saturation times
-    [0.5, 1.5], hue +-36 degrees (18 on OpenCV's half circle). Contrast comes before or after the
-    other two with equal chance.
-
-    Example:
-        >>> tuple(PhotometricDistort()(torch.zeros(3, 4, 5, dtype=torch.uint8)).shape)
-        (3, 4, 5)
-
-    Reference: Liu et al., SSD, ECCV 2016, section 2.2, after Howard, arXiv:1312.5402.
-    Deviation: saturation mixes with grey instead of scaling HSV's S.
-    """
-
-    def forward(self, image: Tensor) -> Tensor:
-        """The distorted picture, uint8 (3, H, W) as the one given."""
-        pixels = image.as_subclass(Tensor)
-        contrast_first = _chance(0.5)
-        if _chance(0.5):
-            pixels = (pixels.float() + _uniform(-32.0, 32.0)).clamp_(0, 255).to(torch.uint8)
-        if contrast_first:
-            pixels = self._contrast(pixels)
-        if _chance(0.5):
-            pixels = F.adjust_saturation(pixels, _uniform(0.5, 1.5))
-        if _chance(0.5):
-            pixels = F.adjust_hue(pixels, _uniform(-0.1, 0.1))
-        if not contrast_first:
-            pixels = self._contrast(pixels)
-        return pixels
-
-    @staticmethod
-    def _contrast(pixels: Tensor) -> Tensor:
-        if not _chance(0.5):
-            return pixels
-        return (pixels.float() * _uniform(0.5, 1.5)).clamp_(0, 255).to(torch.uint8)
+def _random(count: int) -> np.ndarray:
+    """Uniform in [0, 1), from torch's generator."""
+    return torch.rand(count, dtype=torch.float64).numpy()
 
 
 class SsdCrop(nn.Module):
-    """Zoom out, crop around an object, warp to a square: SSD's geometry, pixels touched once.
+    """Zoom out, crop around an object, mirror, warp to a square: SSD's geometry, pixels touched once.
 
     First the boxes alone decide: the picture is put at a random place on a canvas 1 to 4 times as
     large (probability 0.5), then a window of that canvas is chosen. Only the part of the picture
@@ -79,12 +42,15 @@ class SsdCrop(nn.Module):
     Args:
         size: height and width of the result in pixels.
         rule: whether ``"some"`` object has to reach the IoU (SSD's Caffe code) or ``"all"``
-            (MMDetection).
+            (MMDetection). ``"torchvision"`` draws as ``transforms.v2`` does with ``RandomZoomOut`` and
+            ``RandomIoUCrop``, so that boxes are distributed as theirs: each side 0.3 to 1, ratio in pixels
+            1/2 to 2, 40 windows, ways drawn again and again, and only objects that are kept can reach the IoU.
         distort: changes the colours of the visible part, before it is put on the mean colour.
         zoom: probability of zooming out.
+        flip: probability of mirroring left to right.
 
     Raises:
-        ValueError: if ``rule`` is neither.
+        ValueError: if ``rule`` is none of these.
 
     Example:
         >>> image = torch.zeros(3, 60, 80, dtype=torch.uint8)
@@ -106,17 +72,18 @@ class SsdCrop(nn.Module):
         rule: str = "some",
         distort: Callable[[Tensor], Tensor] | None = None,
         zoom: float = 0.5,
+        flip: float = 0.0,
     ) -> None:
         super().__init__()
-        if rule not in ("some", "all"):
-            raise ValueError(f'SsdCrop: rule must be "some" or "all"; got {rule!r}.')
-        self.size, self.rule, self.distort, self.zoom = size, rule, distort, zoom
+        if rule not in ("some", "all", "torchvision"):
+            raise ValueError(f'SsdCrop: rule must be "some", "all" or "torchvision"; got {rule!r}.')
+        self.size, self.rule, self.distort, self.zoom, self.flip = size, rule, distort, zoom, flip
+        self._blank = torch.tensor(PAD_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, size, size)
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Picture uint8 (3, size, size), and the objects that are left, their boxes not clipped."""
-        height, width = image.shape[-2:]
-        target, across, down = self._place(target, height, width)
-        return tv_tensors.Image(self._render(image.as_subclass(Tensor), across, down)), target
+        target, *place = self._place(target, *image.shape[-2:])
+        return tv_tensors.Image(self._render(image.as_subclass(Tensor), *place)), target
 
     def move_boxes(self, target: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         """What :meth:`forward` makes of the objects, from the same random numbers, without their picture.
@@ -133,45 +100,70 @@ class SsdCrop(nn.Module):
         """
         return self._place(target, *size)[0]
 
-    def _place(self, target: dict[str, Any], height: int, width: int) -> tuple[dict[str, Any], "_Span", "_Span"]:
-        """Draw canvas and window; the objects in it, and where the picture's pixels go along x and y."""
-        ratio = _uniform(1.0, 4.0) if _chance(self.zoom) else 1.0
-        left, top = round(_uniform(0.0, width * (ratio - 1))), round(_uniform(0.0, height * (ratio - 1)))
+    def _place(self, target: dict[str, Any], height: int, width: int) -> tuple[dict[str, Any], "_Span", "_Span", bool]:
+        """Draw canvas and window; the objects in it, where its pixels go along x and y, and whether mirrored."""
+        zoom, ratio, right, below, flip = _random(5).tolist()
+        ratio = 1 + 3 * ratio if zoom < self.zoom else 1.0
+        canvas_width, canvas_height = int(width * ratio), int(height * ratio)
+        left, top = int((canvas_width - width) * right), int((canvas_height - height) * below)
         boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor).float()
         # From here in pixels of the picture: the canvas starts left of it and above.
-        canvas = boxes.new_tensor([-left, -top, width * ratio - left, height * ratio - top])
-        window = self.window(boxes, canvas)
-        keep = _centres_inside(boxes, window[None])[0]
-        x1, y1, x2, y2 = window.round().int().tolist()
+        canvas = boxes.new_tensor([-left, -top, canvas_width - left, canvas_height - top])
+        window = self.window(boxes, canvas).numpy()
+        corners = boxes.numpy()
+        keep = _centres_inside(corners, window[None])[0]
+        x1, y1, x2, y2 = window.round().astype(int).tolist()
         across, down = _Span.of(x1, x2, width, self.size), _Span.of(y1, y2, height, self.size)
-        boxes = boxes * boxes.new_tensor([across.scale, down.scale] * 2)
-        boxes = boxes + boxes.new_tensor([across.shift, down.shift] * 2)
-        return keep_rows(target, boxes, keep, (self.size, self.size)), across, down
+        factor, shift = [across.scale, down.scale] * 2, [across.shift, down.shift] * 2
+        corners = corners * np.array(factor, np.float32) + np.array(shift, np.float32)
+        if flip < self.flip:
+            corners[:, [0, 2]] = self.size - corners[:, [2, 0]]
+        target = keep_rows(target, torch.from_numpy(corners), torch.from_numpy(keep), (self.size, self.size))
+        return target, across, down, flip < self.flip
 
     def window(self, boxes: Float[Tensor, "n 4"], canvas: Float[Tensor, " 4"]) -> Float[Tensor, " 4"]:
         """Draw a window of a canvas with these objects on it; all are xyxy in the same pixels."""
-        for way in torch.randperm(7).tolist():
+        corners, whole = boxes.numpy(), canvas.numpy()
+        for way in self._ways():
             if way == 0:
                 break
-            least = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)[way - 1]
-            windows = _draw_windows(50, canvas)
-            good = torch.ones(50, dtype=torch.bool)
-            if len(boxes):
-                reached = pairwise_iou(windows, boxes) >= least
-                good = reached.any(1) if self.rule == "some" else reached.all(1)
-                good &= _centres_inside(boxes, windows).any(1)
-            if good.any():
-                return windows[good][0]
+            windows = (_torchvision_windows if self.rule == "torchvision" else _caffe_windows)(whole)
+            good = self._good(windows, corners, LEAST_OVERLAPS[way - 1])
+            first = good.argmax() if len(good) else 0
+            if len(good) and good[first]:
+                return torch.from_numpy(windows[first].astype(np.float32))
         return canvas
 
-    def _render(self, image: Tensor, across: "_Span", down: "_Span") -> Tensor:
+    def _ways(self) -> Iterator[int]:
+        """Numbers of the ways to try, until one can be gone; 0 is the whole canvas."""
+        if self.rule == "torchvision":
+            return (int(torch.randint(7, ())) for _ in repeat(None))
+        return iter(torch.randperm(7).tolist())
+
+    def _good(self, windows: np.ndarray, boxes: np.ndarray, least: float) -> np.ndarray:
+        """Which windows obey the rule."""
+        inside = _centres_inside(boxes, windows)
+        if not len(boxes):
+            return np.full(len(windows), self.rule != "torchvision")
+        if least == 0:
+            return inside.any(1)
+        reached = _overlaps(windows, boxes) >= least
+        if self.rule == "torchvision":
+            return (reached & inside).any(1)
+        return (reached.any(1) if self.rule == "some" else reached.all(1)) & inside.any(1)
+
+    def _render(self, image: Tensor, across: "_Span", down: "_Span", mirrored: bool) -> Tensor:
         """What the window shows of the picture, on the mean colour."""
-        result = torch.tensor(PAD_COLOUR, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
-        if across.scale and down.scale:
-            part = image[:, down.first : down.last, across.first : across.last]
-            part = F.resize(part, [down.stop - down.start, across.stop - across.start], antialias=True)
-            part = part if self.distort is None else self.distort(part)
-            result[:, down.start : down.stop, across.start : across.stop] = part
+        if not (across.scale and down.scale):
+            return self._blank.clone()
+        part = image[:, down.first : down.last, across.first : across.last]
+        part = F.resize_image(part, [down.stop - down.start, across.stop - across.start], antialias=True)
+        part = part if self.distort is None else self.distort(part)
+        part = part.flip(-1) if mirrored else part
+        if part.shape[-2:] == (self.size, self.size):
+            return part.clone() if part.data_ptr() == image.data_ptr() else part
+        result, start = self._blank.clone(), self.size - across.stop if mirrored else across.start
+        result[:, down.start : down.stop, start : start + part.shape[-1]] = part
         return result
 
 
@@ -204,18 +196,42 @@ class _Span:
         return self.start - self.first * self.scale
 
 
-def _draw_windows(count: int, canvas: Float[Tensor, " 4"]) -> Float[Tensor, "m 4"]:
+def _caffe_windows(canvas: Float[np.ndarray, " 4"], count: int = 50) -> Float[np.ndarray, "m 4"]:
     """Windows of a canvas: side s in [0.3, 1] of it, ratio a in [max(1/2, s^2), min(2, 1/s^2)]."""
-    side, place, x, y = torch.rand(4, count).unbind()
+    side, place, x, y = _random(4 * count).reshape(4, count)
     side = 0.3 + 0.7 * side
-    low, high = (side * side).clamp(min=0.5), (1 / (side * side)).clamp(max=2.0)
-    root = (low + (high - low) * place).sqrt()
-    wide, tall = (side * root).clamp(max=1), (side / root).clamp(max=1)
+    square = side * side
+    low, high = np.maximum(square, 0.5), np.minimum(1 / square, 2.0)
+    root = np.sqrt(low + (high - low) * place)
+    wide, tall = np.minimum(side * root, 1), np.minimum(side / root, 1)
     x, y = x * (1 - wide), y * (1 - tall)
-    whole = canvas[2:] - canvas[:2]
-    return torch.stack([x, y, x + wide, y + tall], 1) * whole.repeat(2) + canvas[:2].repeat(2)
+    left, top, right, bottom = canvas.tolist()
+    shares = np.stack([x, y, x + wide, y + tall], 1)
+    return shares * ([right - left, bottom - top] * 2) + [left, top, left, top]
 
 
-def _centres_inside(boxes: Float[Tensor, "n 4"], windows: Float[Tensor, "m 4"]) -> Bool[Tensor, "m n"]:
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((centres > windows[:, None, :2]) & (centres < windows[:, None, 2:])).all(-1)
+def _torchvision_windows(canvas: Float[np.ndarray, " 4"], count: int = 40) -> Float[np.ndarray, "m 4"]:
+    """Windows of whole pixels, either side 0.3 to 1 of the canvas; of ``count`` those of ratio 1/2 to 2."""
+    wide, tall, x, y = _random(4 * count).reshape(4, count)
+    left, top, right, bottom = canvas.tolist()
+    width, height = np.floor((0.3 + 0.7 * np.stack([wide, tall])) * [[right - left], [bottom - top]])
+    x, y = np.floor((right - left - width) * x) + left, np.floor((bottom - top - height) * y) + top
+    shaped = (width >= 0.5 * height) & (width <= 2 * height) & (np.minimum(width, height) > 0)
+    return np.stack([x, y, x + width, y + height], 1)[shaped]
+
+
+def _overlaps(windows: Float[np.ndarray, "m 4"], boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "m n"]:
+    """IoU of every window with every box, both with sides > 0."""
+    x1, y1, x2, y2 = windows.T[..., None]
+    left, top, right, bottom = boxes.T
+    wide = np.minimum(x2, right) - np.maximum(x1, left)
+    tall = np.minimum(y2, bottom) - np.maximum(y1, top)
+    shared = np.maximum(wide, 0) * np.maximum(tall, 0)
+    return shared / ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - shared)
+
+
+def _centres_inside(boxes: Float[np.ndarray, "n 4"], windows: Float[np.ndarray, "m 4"]) -> Bool[np.ndarray, "m n"]:
+    left, top, right, bottom = boxes.T
+    x, y = (left + right) / 2, (top + bottom) / 2
+    x1, y1, x2, y2 = windows.T[..., None]
+    return (x > x1) & (x < x2) & (y > y1) & (y < y2)

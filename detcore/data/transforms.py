@@ -8,13 +8,15 @@ the per-object keys of the target in step with its boxes. ``area`` stays in orig
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from detcore.data._rows import PER_OBJECT, keep_rows
-from detcore.data.ssd_crop import PhotometricDistort, SsdCrop
+from detcore.data.colours import PhotometricDistort
+from detcore.data.ssd_crop import SsdCrop
 
 __all__ = [
     "PER_OBJECT",
@@ -49,10 +51,10 @@ def drop_empty(image: Tensor, target: Mapping[str, Any], *, min_side: float = 1.
         ([[2.0, 2.0, 20.0, 9.0]], [4])
     """
     height, width = image.shape[-2:]
-    boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor)
-    boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    boxes = torch.as_tensor(target["boxes"]).as_subclass(Tensor).numpy()
+    boxes = boxes.clip(0, np.array([width, height, width, height], boxes.dtype))
     keep = (boxes[:, 2:] - boxes[:, :2] >= min_side).all(1)
-    return image, keep_rows(target, boxes, keep, (height, width))
+    return image, keep_rows(target, torch.from_numpy(boxes), torch.from_numpy(keep), (height, width))
 
 
 def learn_difficult(image: Tensor, target: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -170,13 +172,14 @@ def square_transform(size: int, *, train: bool) -> v2.Transform:
     return v2.Compose([v2.Resize((size, size), antialias=True), *flips, drop_empty])
 
 
-def ssd_transform(size: int = 300, *, train: bool, rule: str = "some") -> v2.Transform:
-    """SSD's recipe: colours, zoom out, crop, mirror and warp to a square; in evaluation warp only.
+def ssd_transform(size: int = 300, *, train: bool, rule: str = "some", colours: bool = True) -> v2.Transform:
+    """SSD's recipe: zoom out, crop, mirror and warp to a square, and colours; in evaluation warp only.
 
     Args:
         size: height and width in pixels.
         train: augment or not.
-        rule: of the crop, ``"some"`` or ``"all"``; see :class:`SsdCrop`.
+        rule: of the crop, ``"some"``, ``"all"`` or ``"torchvision"``; see :class:`SsdCrop`.
+        colours: false leaves them as they are, for :class:`detcore.data.loader.Recoloured` to change on the device.
 
     Example:
         >>> from torchvision import tv_tensors
@@ -192,4 +195,5 @@ def ssd_transform(size: int = 300, *, train: bool, rule: str = "some") -> v2.Tra
     """
     if not train:
         return square_transform(size, train=False)
-    return v2.Compose([SsdCrop(size, rule=rule, distort=PhotometricDistort()), flip_transform(), drop_empty])
+    distort = PhotometricDistort() if colours else None
+    return v2.Compose([SsdCrop(size, rule=rule, distort=distort, flip=0.5), drop_empty])
