@@ -192,9 +192,11 @@ def assignment_of(
     index: Int[Tensor, "B N"],
 ) -> Assignment:
     """What assigners by overlap return, out of the label and the object's slot of every prior."""
+    positive = labels >= 0
+    index = torch.where(positive, index, 0)
     own = targets.boxes.gather(1, index[..., None].expand(-1, -1, 4))
-    boxes = torch.where((labels >= 0)[..., None], own, priors.boxes)
-    iou = overlap.gather(-1, index[..., None])[..., 0].clamp(min=0)
+    boxes = torch.where(positive[..., None], own, priors.boxes)
+    iou = torch.where(positive, overlap.gather(-1, index[..., None])[..., 0], 0.0)
     return Assignment(labels, index, boxes, iou, targets)
 
 

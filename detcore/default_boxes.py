@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detcore.priors import maps_of
 from detcore.structures import Priors
 
 __all__ = ["LAYOUTS", "Clip", "DefaultBoxGenerator", "DefaultBoxLayout"]
@@ -215,7 +216,7 @@ class DefaultBoxGenerator(nn.Module):
             begin = torch.stack([x * step_x, y * step_y], dim=-1).view(-1, 1, 2)
             boxes.append(self._corners(centre, shares, image_size).reshape(-1, 4))  # y x prior, 4
             cells.append(begin.expand(-1, len(shares), -1).reshape(-1, 2))
-        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells))
+        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells), maps_of(features))
 
     def _steps(self, level: int, shape: tuple[int, int], image_size: tuple[int, int]) -> tuple[float, float]:
         side, size, steps = self.layout.maps[level], self.layout.size, self.layout.steps

@@ -117,7 +117,7 @@ class AnchorGenerator(nn.Module):
             begin = _cells_of(feature, stride, image_size if self.style == "torchvision" else None)[:, None]
             boxes.append((begin.repeat(1, 1, 2) + cell).view(-1, 4))  # y x prior, 4
             cells.append(begin.expand(-1, self.num_priors, -1).reshape(-1, 2))
-        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells))
+        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells), maps_of(features))
 
 
 class PointGenerator(nn.Module):
@@ -171,7 +171,12 @@ class PointGenerator(nn.Module):
             point = begin + (stride // 2 if self.style == "half" else 0)
             boxes.append(torch.cat([point - stride / 2, point + stride / 2], dim=-1))
             cells.append(begin)
-        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells))
+        return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells), maps_of(features))
+
+
+def maps_of(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of every map."""
+    return tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
 
 
 def _cells_of(feature: Tensor, stride: int, image_size: tuple[int, int] | None) -> Float[Tensor, "cells 2"]:

@@ -74,11 +74,14 @@ class Priors(_Movable):
             levels can be told apart without asking the device.
         cells: (x, y) in pixels at which the cell of each prior begins. A cell that begins beyond an
             image exists only because the batch holds a larger one. ``None``: every image has all.
+        maps: (rows, columns) of each level's feature map, where the priors of a level come row by row, cell
+            by cell, equally many a cell. ``None``: nothing is known of their order.
     """
 
     boxes: Float[Tensor, "#B N 4"]
     counts: tuple[int, ...]
     cells: Float[Tensor, "N 2"] | None = None
+    maps: tuple[tuple[int, int], ...] | None = None
 
     @property
     def level(self) -> Int[Tensor, " N"]:
@@ -113,10 +116,11 @@ class Assignment:
 
     Args:
         labels: class of the object, or ``BACKGROUND``, or ``IGNORE``.
-        index: slot of the object in ``targets``; meaningless where the prior is not positive.
+        index: slot of the object in ``targets``; 0 where the prior is not positive.
         boxes: the object's corners in pixels; the prior's own where it is not positive, so that
             every function of them stays finite there and masking is enough.
-        iou: IoU of the prior (not of the prediction) with that object, in [0, 1].
+        iou: IoU of the prior (not of the prediction) with that object, in [0, 1]; 0 where the prior is not
+            positive.
         targets: the objects the priors were matched with.
     """
 
