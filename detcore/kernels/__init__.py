@@ -13,13 +13,13 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["accelerated", "disable", "enabled"]
+__all__ = ["accelerated", "compiled", "disable", "enabled", "uses_compiled"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OFF = "DETCORE_KERNELS"
-_switch = {"on": os.environ.get(_OFF, "1") != "0"}
+_NAME = "DETCORE_KERNELS"
+_switch = {"on": os.environ.get(_NAME, "1") != "0", "compiled": os.environ.get(_NAME) == "compiled"}
 
 
 def enabled() -> bool:
@@ -50,6 +50,37 @@ def disable() -> Iterator[None]:
         yield
     finally:
         _switch["on"] = before
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[None]:
+    """Let fast forms that can be compiled be compiled, as long as the context lasts.
+
+    They are faster still, but the first call for each shape takes seconds and needs a C++ compiler, and their sums
+    are rounded in another order. So this is never chosen for anybody. For a whole process set the environment
+    variable ``DETCORE_KERNELS=compiled``.
+
+    Example:
+        >>> from detcore.losses import focal_sum
+        >>> with compiled():
+        ...     value = focal_sum(torch.zeros(1, 1, 2), torch.tensor([[-1]]), torch.ones(1, 1))
+    """
+    before, _switch["compiled"] = _switch["compiled"], True
+    try:
+        yield
+    finally:
+        _switch["compiled"] = before
+
+
+def uses_compiled() -> bool:
+    """Whether :func:`compiled` or ``DETCORE_KERNELS=compiled`` asks for compiled forms.
+
+    Example:
+        >>> with compiled():
+        ...     uses_compiled()
+        True
+    """
+    return _switch["compiled"]
 
 
 def accelerated(fast: Callable[P, R], *, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:

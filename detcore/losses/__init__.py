@@ -2,6 +2,7 @@
 
 from detcore.losses.aiou import aiou_loss, overlap_term
 from detcore.losses.association import association_term, pce_loss, pse_loss
+from detcore.losses.dense import focal_sum, quality_focal_sum
 from detcore.losses.functional import (
     giou_loss,
     iou_loss,
@@ -11,7 +12,7 @@ from detcore.losses.functional import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from detcore.losses.mining import hard_negative_mask, softmax_mining_term
+from detcore.losses.mining import hard_negative_mask, mined_entropy_sum, softmax_mining_term
 from detcore.losses.refine import arm_box_term, arm_class_term, odm_class_term
 from detcore.losses.scale_balanced import scale_balance, scale_balanced_weight
 from detcore.losses.terms import (
@@ -39,17 +40,20 @@ __all__ = [
     "box_loss_term",
     "centerness_box_term",
     "centerness_term",
+    "focal_sum",
     "focal_term",
     "giou_loss",
     "hard_negative_mask",
     "iou_loss",
     "iou_quality_term",
     "log_iou_loss",
+    "mined_entropy_sum",
     "odm_class_term",
     "overlap_term",
     "pce_loss",
     "pse_loss",
     "quality_focal_loss",
+    "quality_focal_sum",
     "quality_focal_term",
     "quality_loss",
     "scale_balance",

@@ -2,15 +2,17 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from detcore.losses.weighting import PriorWeight, weigh_positives
-from detcore.structures import Assignment, Predictions
+from detcore.kernels import accelerated, mining
+from detcore.losses.weighting import PriorWeight, prior_shares
+from detcore.structures import BACKGROUND, Assignment, Predictions
 
-__all__ = ["hard_negative_mask", "softmax_mining_term"]
+__all__ = ["hard_negative_mask", "mined_entropy_sum", "softmax_mining_term"]
 
 
+@accelerated(mining.hard_negative_mask, when=mining.mining_applies)
 def hard_negative_mask(
     losses: Float[Tensor, "B N"],
     positive: Bool[Tensor, "B N"],
@@ -52,6 +54,38 @@ def hard_negative_mask(
     return hardest & negative
 
 
+@accelerated(mining.mined_entropy_sum, when=mining.mining_applies)
+def mined_entropy_sum(
+    logits: Float[Tensor, "B N K"],
+    labels: Int[Tensor, "B N"],
+    weights: Float[Tensor, "B N"],
+    *,
+    ratio: float = 3.0,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of positives and of each image's hardest negatives, each prior's times its weight.
+
+    Args:
+        logits: of C classes and background, the last.
+        labels: class of each prior, ``BACKGROUND`` or ``IGNORE``.
+        weights: constants; they count in the sum, not in the ranking.
+        ratio: of :func:`hard_negative_mask`.
+
+    Raises:
+        ValueError: if ``ratio`` is negative.
+
+    Example:
+        >>> logits = torch.tensor([[[0.0, 0.0], [5.0, -5.0], [0.0, 0.0]]])  # the second is a false alarm
+        >>> mined_entropy_sum(logits, torch.tensor([[0, -1, -1]]), torch.ones(1, 3), ratio=1.0)
+        tensor(10.6932)
+    """
+    logits = logits if logits.element_size() >= 4 else logits.float()
+    positive = labels >= 0
+    wanted = torch.where(positive, labels, logits.shape[-1] - 1)
+    entropy = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
+    hard = hard_negative_mask(entropy, positive, labels == BACKGROUND, ratio=ratio)
+    return (torch.where(positive | hard, entropy, 0.0) * weights).sum()
+
+
 def softmax_mining_term(
     pred: Predictions, match: Assignment, *, ratio: float = 3.0, weight: PriorWeight | None = None
 ) -> Float[Tensor, ""]:
@@ -75,10 +109,4 @@ def softmax_mining_term(
 
     Reference: Liu et al., SSD, ECCV 2016, Eq. (3). arXiv:1512.02325
     """
-    logits = pred.logits if pred.logits.element_size() >= 4 else pred.logits.float()
-    background = logits.shape[-1] - 1
-    wanted = torch.where(match.positive, match.labels, background)
-    entropy = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
-    hard = hard_negative_mask(entropy, match.positive, match.negative, ratio=ratio)
-    kept = torch.where(match.positive | hard, entropy, 0.0)
-    return weigh_positives(kept, match, weight).sum() / match.num_positive
+    return mined_entropy_sum(pred.logits, match.labels, prior_shares(match, weight, like=pred.logits), ratio=ratio)

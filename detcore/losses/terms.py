@@ -15,15 +15,14 @@ from torch import Tensor
 from detcore.assigners import centerness_target
 from detcore.boxes import giou, iou
 from detcore.coders import BoxCoder
+from detcore.losses.dense import focal_sum, quality_focal_sum
 from detcore.losses.functional import (
     QualityLoss,
     log_iou_loss,
-    quality_focal_loss,
     quality_loss,
-    sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from detcore.losses.weighting import PriorWeight, weigh_positives
+from detcore.losses.weighting import PriorWeight, prior_shares, weigh_positives
 from detcore.structures import Assignment, Predictions, joint_total
 
 __all__ = [
@@ -46,10 +45,6 @@ def _mean_over_positives(
     loss: Float[Tensor, "B N"], match: Assignment, weight: PriorWeight | None = None
 ) -> Float[Tensor, ""]:
     return weigh_positives(torch.where(match.positive, loss, 0.0), match, weight).sum() / match.num_positive
-
-
-def _mean_over_used(loss: Float[Tensor, "B N"], match: Assignment, weight: PriorWeight | None) -> Float[Tensor, ""]:
-    return weigh_positives(torch.where(match.ignored, 0.0, loss), match, weight).sum() / match.num_positive
 
 
 def focal_term(
@@ -77,9 +72,8 @@ def focal_term(
 
     Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4.1. arXiv:1708.02002
     """
-    classes = torch.arange(pred.logits.shape[-1], device=match.labels.device)
-    own = match.labels[..., None] == classes  # B N C; background and ignored match no class
-    return _mean_over_used(sigmoid_focal_loss(pred.logits, own, alpha=alpha, gamma=gamma).sum(-1), match, weight)
+    shares = prior_shares(match, weight, like=pred.logits)
+    return focal_sum(pred.logits, match.labels, shares, alpha=alpha, gamma=gamma)
 
 
 def quality_focal_term(
@@ -109,11 +103,9 @@ def quality_focal_term(
 
     Reference: Li et al., Generalized Focal Loss, NeurIPS 2020, Eq. (2). arXiv:2006.04388
     """
-    classes = torch.arange(pred.logits.shape[-1], device=match.labels.device)
-    own = match.labels[..., None] == classes  # B N C
     reached = iou(pred.boxes, match.boxes).detach()
-    loss = quality_focal_loss(pred.logits, torch.where(own, reached[..., None], 0.0), beta=beta).sum(-1)
-    return _mean_over_used(loss, match, weight)
+    shares = prior_shares(match, weight, like=pred.logits)
+    return quality_focal_sum(pred.logits, match.labels, reached, shares, beta=beta)
 
 
 def box_delta_term(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detcore.structures import Assignment
 
-__all__ = ["PriorWeight", "weigh_positives"]
+__all__ = ["PriorWeight", "prior_shares", "weigh_positives"]
 
 PriorWeight = Callable[[Assignment], Tensor]
 """Weight of every prior, (B, N); only the positives' are looked at. No gradient comes back."""
@@ -36,3 +36,23 @@ def weigh_positives(
     with torch.no_grad():
         factor = torch.where(match.positive, weight(match), 1.0)
     return losses * factor.to(losses.dtype)
+
+
+def prior_shares(match: Assignment, weight: PriorWeight | None, *, like: Float[Tensor, "..."]) -> Float[Tensor, "B N"]:
+    """What the loss of each prior counts for in a mean over positives: its weight over their number.
+
+    Args:
+        match: whose priors.
+        weight: of positives; the others' is 1, the ignored ones' too.
+        like: the result has its type, float32 or wider.
+
+    Example:
+        >>> from detcore.structures import Targets
+        >>> nobody = Targets(torch.zeros(1, 1, 4), torch.tensor([[-1]]), torch.tensor([[False]]))
+        >>> labels, index = torch.tensor([[4, 0, -1]]), torch.zeros(1, 3, dtype=torch.int64)
+        >>> match = Assignment(labels, index, torch.zeros(1, 3, 4), torch.zeros(1, 3), nobody)
+        >>> prior_shares(match, lambda match: torch.full((1, 3), 3.0), like=torch.zeros(()))
+        tensor([[1.5000, 1.5000, 0.5000]])
+    """
+    ones = torch.ones(match.labels.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return weigh_positives(ones, match, weight) / match.num_positive
