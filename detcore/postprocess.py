@@ -1,4 +1,7 @@
-"""From scored predictions to detections: candidates, suppression, the best of each image. Batched."""
+"""From scored predictions to detections: candidates, suppression, the best of each image. Batched.
+
+Of equal scores the earlier prior goes first, then the lower class.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,7 +12,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms, nms
 
 from detcore.boxes import clip_boxes
-from detcore.scoring import Scores
+from detcore.kernels import accelerated, suppression
+from detcore.scores import Scores
 from detcore.structures import BACKGROUND, Detections, Predictions
 
 __all__ = ["Selector", "ThresholdOn", "select_by_class", "select_by_pair", "select_by_prior"]
@@ -20,6 +24,7 @@ Selector = Callable[[Scores, Predictions, Tensor], Detections]
 ThresholdOn = Literal["ranking", "classes"]
 
 
+@accelerated(suppression.best_by_prior, when=suppression.on_processor)
 def select_by_prior(
     scores: Scores,
     pred: Predictions,
@@ -63,9 +68,9 @@ def select_by_prior(
     best = scores.ranking.amax(dim=-1)  # B N
     index, start = [], 0
     for level in best.split(pred.priors.counts, dim=1):
-        index.append(level.topk(min(candidates, level.shape[1]), dim=1).indices + start)
+        index.append(level.argsort(dim=1, descending=True, stable=True)[:, :candidates] + start)
         start += level.shape[1]
-    prior = torch.cat(index, dim=1)  # B K
+    prior = torch.cat(index, dim=1).sort(dim=1).values  # B K
     rows = prior[..., None].expand(-1, -1, scores.ranking.shape[-1])
     ranking = scores.ranking.gather(1, rows)  # B K C
     cut = ranking if threshold_on == "ranking" else scores.classes.gather(1, rows)
@@ -75,6 +80,7 @@ def select_by_prior(
     )
 
 
+@accelerated(suppression.best_by_pair, when=suppression.on_processor)
 def select_by_pair(
     scores: Scores,
     pred: Predictions,
@@ -121,6 +127,7 @@ def select_by_pair(
     )
 
 
+@accelerated(suppression.best_by_class, when=suppression.on_processor)
 def select_by_class(
     scores: Scores,
     pred: Predictions,
@@ -155,15 +162,14 @@ def select_by_class(
     """
     _check("select_by_class", score_threshold, candidates, nms_iou, max_detections, threshold_on)
     above = (scores.ranking if threshold_on == "ranking" else scores.classes) > score_threshold  # B N C
-    batch, count, num_classes = above.shape
+    batch, _, num_classes = above.shape
     image, prior, label = above.nonzero(as_tuple=True)
     group = image * num_classes + label
     per_class = group.new_zeros(batch * num_classes).scatter_add(0, group, torch.ones_like(group))
     if (per_class > candidates).any():  # hardly ever after training, so ranking every class would be for nothing
-        ranking = torch.where(above, scores.ranking, -1.0).transpose(1, 2)  # B C N
-        best = ranking.topk(min(candidates, count), dim=-1)  # B C K
-        image, label, row = (best.values >= 0).nonzero(as_tuple=True)
-        prior = best.indices[image, label, row]
+        ranking = torch.where(above, scores.ranking, -1.0)
+        best = ranking.argsort(dim=1, descending=True, stable=True)[:, :candidates]  # B K C
+        image, prior, label = (above & torch.zeros_like(above).scatter(1, best, True)).nonzero(as_tuple=True)
     return _suppress(scores, pred, sizes, image, prior, label, nms_iou=nms_iou, max_detections=max_detections)
 
 
@@ -208,14 +214,14 @@ def _nms_in_groups(
     boxes: Float[Tensor, "P 4"], ranking: Float[Tensor, " P"], group: Int[Tensor, " P"], nms_iou: float
 ) -> Int[Tensor, " S"]:
     """Greedy suppression inside each group. Indices of the survivors of all groups, best first."""
-    ranking = ranking.to(boxes.dtype)
-    if boxes.is_cuda:  # a call costs more than its boxes; float64, because float32 boxes shifted apart lose pixels
-        return batched_nms(boxes.double(), ranking.double(), group, nms_iou)
+    boxes, ranking = boxes.double(), ranking.double()  # float32 boxes that are shifted apart lose pixels
+    if boxes.is_cuda:  # a call costs more than its boxes
+        return batched_nms(boxes, ranking, group, nms_iou)
     # on a processor a call costs the square of its boxes, and picking each group out of all costs groups x boxes
     order = group.argsort(stable=True)
     sizes = group[order].unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(order.split(sizes), boxes[order].split(sizes), ranking[order].split(sizes), strict=True)
-    survivors = torch.cat([order[:0], *(index[nms(box, score, nms_iou)] for index, box, score in parts)])
+    survivors = torch.cat([order[:0], *(index[nms(box, score, nms_iou)] for index, box, score in parts)]).sort().values
     return survivors[ranking[survivors].argsort(descending=True, stable=True)]
 
 

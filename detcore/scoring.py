@@ -1,34 +1,17 @@
-"""From predictions to what detections are ranked by."""
+"""From predictions to what detections are ranked by.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+The scorers here judge each prior by itself, so their scores wait until they are read: see
+:class:`~detcore.scores.RowScores`.
+"""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from detcore.scores import Scorer, Scores, by_rows
 from detcore.structures import Predictions
 
 __all__ = ["Scorer", "Scores", "class_score", "conf_powers", "fuse", "fused_score", "iou_aware_powers", "softmax_score"]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of every (prior, class) pair, in [0, 1].
-
-    Args:
-        ranking: what detections are sorted, suppressed and evaluated by.
-        classes: class probability alone.
-        quality: predicted localisation quality of each prior; ``None`` if there is none.
-    """
-
-    ranking: Float[Tensor, "B N C"]
-    classes: Float[Tensor, "B N C"]
-    quality: Float[Tensor, "B N"] | None = None
-
-
-Scorer = Callable[[Predictions], Scores]
-"""What a detector accepts as ``score``."""
 
 
 def fuse(
@@ -102,6 +85,7 @@ def _check_alpha(where: str, alpha: float) -> None:
         raise ValueError(f"{where}: alpha must be in [0, 1]; got {alpha}.")
 
 
+@by_rows()
 def class_score(pred: Predictions) -> Scores:
     """Independent sigmoids, one a class.
 
@@ -114,6 +98,7 @@ def class_score(pred: Predictions) -> Scores:
     return Scores(scores, scores)
 
 
+@by_rows(has_background=True)
 def softmax_score(pred: Predictions) -> Scores:
     """One softmax over classes and background, which is the last channel and is left out.
 
@@ -128,6 +113,7 @@ def softmax_score(pred: Predictions) -> Scores:
     return Scores(scores, scores)
 
 
+@by_rows()
 def fused_score(
     pred: Predictions,
     *,

@@ -346,7 +346,7 @@ def select(
         inside = [clip(boxes[n], *size) for n in own]
         scores = [ranking[n][label] for n in own]
         found += [(scores[i], label, own[i], inside[i]) for i in nms(inside, scores, nms_iou)]
-    return sorted(found, key=lambda d: -d[0])[:max_detections]
+    return sorted(found, key=lambda d: (-d[0], d[2], d[1]))[:max_detections]  # the earlier prior, the lower class
 
 
 # --- FCOS

@@ -27,6 +27,7 @@ LADDER = [
     "coders",
     "priors",
     "default_boxes",
+    "scores",
     "kernels",
     "assigners",
     "ssd_assigner",

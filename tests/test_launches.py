@@ -112,7 +112,7 @@ def select_counts(name: str, batch: int, monkeypatch, **options) -> tuple[Launch
 
     monkeypatch.setattr(detcore.postprocess, "_nms_in_groups", suppressed)
     sizes = torch.full((batch, 2), SIZE)
-    with torch.no_grad():
+    with torch.no_grad(), disable():
         pred = detector.predict(pictures(batch))
         with counter:
             found = detector.select(detector.score(pred), pred, sizes)

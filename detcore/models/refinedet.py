@@ -27,6 +27,7 @@ from detcore.nn.level_head import flatten_map, level_outputs
 from detcore.nn.pyramids import ExtraShape, SSDPyramid, halving_extras
 from detcore.nn.transfer import ResNetMaps, TransferConnections
 from detcore.nn.vgg import VGGTrunk
+from detcore.scores import by_rows
 from detcore.scoring import Scores, softmax_score
 from detcore.structures import Predictions, Priors
 
@@ -108,6 +109,7 @@ class RefineHead(nn.Module):
         return torch.cat([flatten_map(conv(x), n) for conv, x, n in rows], dim=1)  # B N n
 
 
+@by_rows(has_background=True)
 def refined_score(pred: Predictions, *, min_objectness: float = 0.01) -> Scores:
     """Softmax of the second step, 0 where the first is sure that there is nothing.
 
