@@ -273,8 +273,8 @@ def at_many_places(width: float, height: float) -> dict[str, float]:
     return {"mean": counts.mean(), "min": int(counts.min()), "max": int(counts.max())}
 
 
-def positives(objects: Objects) -> dict[str, Any]:
-    """IoU of default boxes with their objects, and what squeezing both boxes does to it."""
+def matched_boxes(objects: Objects) -> tuple[torch.Tensor, torch.Tensor]:
+    """Default boxes that own an object, and the boxes of these objects, as shares of the picture."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def matcher(priors: Priors, targets: Targets) -> Assignment:
@@ -284,6 +284,12 @@ def positives(objects: Objects) -> dict[str, Any]:
 
     count_matches(objects.shares(), objects.image, priors_of(), matcher)
     mine, theirs = (torch.cat(side) for side in zip(*seen, strict=True))
+    return mine, theirs
+
+
+def positives(objects: Objects) -> dict[str, Any]:
+    """IoU of default boxes with their objects, and what squeezing both boxes does to it."""
+    mine, theirs = matched_boxes(objects)
     plain = iou(mine, theirs)
     bins = np.searchsorted([0.5, 0.6, 0.7, 0.8], plain.numpy(), side="right")
     squeezed = {beta: iou(squeeze(mine, beta), squeeze(theirs, beta)) for beta in (0.8, 0.6)}
