@@ -154,12 +154,16 @@ def by_rows(
 
 def _taken(pred: Predictions, take: Callable[[Tensor], Tensor]) -> Predictions:
     """Only some priors, the same number of every image, as a single level."""
-    priors = take(pred.priors.boxes.expand(len(pred.logits), -1, -1))
+
+    def of_every_image(values: Tensor) -> Tensor:  # what all images share is there once
+        return take(values.expand(len(pred.logits), -1, -1))
+
+    priors = of_every_image(pred.priors.boxes)
     return Predictions(
         logits=take(pred.logits),
         deltas=take(pred.deltas),
         boxes=take(pred.boxes),
         priors=Priors(priors, (priors.shape[1],)),
-        extras={name: take(values) for name, values in pred.extras.items()},
+        extras={name: of_every_image(values) for name, values in pred.extras.items()},
         aside=pred.aside,
     )

@@ -14,6 +14,8 @@ from detcore.scores import RowScores, Scores, by_rows
 from detcore.scoring import class_score, fused_score, softmax_score
 from detcore.structures import BACKGROUND, Predictions, Priors
 from tests.samples import some_boxes
+from tests.test_models import redraw
+from tests.zoo import EVERY_NETWORK, small
 
 SELECTORS = {"prior": select_by_prior, "pair": select_by_pair, "class": select_by_class}
 SCORERS = {
@@ -80,11 +82,10 @@ OPTIONS = {
 
 
 @EVERY_SELECTOR
-@EVERY_SCORER
 @pytest.mark.parametrize("case", OPTIONS)
-def test_twins_find_the_same(name, scorer, case, first_try):
+def test_twins_find_the_same(name, case, first_try):
     pred = raw()
-    assert assert_twins(name, SCORERS[scorer](pred), pred, **OPTIONS[case]).valid.any()
+    assert assert_twins(name, fused_score(pred), pred, **OPTIONS[case]).valid.any()
 
 
 @EVERY_SELECTOR
@@ -222,6 +223,20 @@ def test_replaced_scores_are_those_given(name, first_try):
     assert found.scores.equal(assert_twins(name, class_score(pred), pred).scores)
     assert not found.scores.equal(assert_twins(name, waiting, pred).scores)
     assert by_class.bound().ranking.equal(waiting.classes.amax(-1, keepdim=True))
+
+
+@EVERY_NETWORK
+def test_every_detector_detects_the_same_with_and_without(name):
+    detector = redraw(small(name)).eval()
+    images, sizes = torch.rand(2, 3, 128, 128), torch.tensor([[128, 128], [100, 90]])
+    found = detector.detect(images, sizes)
+    with disable():
+        plain = detector.detect(images, sizes)
+    assert found.valid.any()
+    assert found.labels.equal(plain.labels)
+    assert found.prior.equal(plain.prior)
+    assert_close(found.scores, plain.scores, rtol=1e-6, atol=0)
+    assert found.boxes.equal(plain.boxes)
 
 
 def test_a_wrong_option_of_a_waiting_score_is_refused_at_once():
