@@ -10,7 +10,6 @@ Under :func:`detcore.kernels.compiled` all steps become one loop, which is faste
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -24,8 +23,8 @@ from detcore.structures import IGNORE
 
 __all__ = ["focal_sum", "focal_sum_applies", "quality_focal_sum", "quality_focal_sum_applies"]
 
-PIECE = 32768
-"""Logits a piece and thread: six arrays of that size stay in a cache of 1 MiB, and torch splits no smaller ones."""
+PIECE = 131072
+"""Logits a piece and thread: four arrays of them stay in the cache, and calls are few."""
 
 Own = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Loss and slope of the positives' own entries, of their logits and the numbers of these positives."""
@@ -122,15 +121,17 @@ class _Sweep(torch.autograd.Function):
         x, labels = logits.detach().flatten(0, 1), labels.flatten()
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = torch.where(labels == IGNORE, 0.0, weights.detach().flatten()).to(wide)
+        row = ((labels >= 0) & (labels < x.shape[1])).nonzero()[:, 0]
+        entry = row, labels[row]
+        gradient = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradient else None
         if with_gradient and uses_compiled():
-            total, gradient = _compiled(power)(x, labels, weights * factor)
+            sums = _compiled(power)(x, labels.int(), weights * factor, gradient)  # int32 is compared twice as fast
         else:
-            total, gradient = _in_pieces(x, labels, weights * factor, power, with_gradient=with_gradient)
-        entry = _own_entries(x, labels)
-        loss, slope = own(x[entry].to(wide), entry[0])
-        total = total + (loss * weights[entry[0]]).sum(dtype=torch.float64)
+            sums = _in_pieces(x, entry, weights * factor, power, gradient)
+        loss, slope = own(x[entry].to(wide), row)
+        total = sums.sum(dtype=torch.float64) + (loss * weights[row]).sum(dtype=torch.float64)
         if with_gradient:
-            gradient[entry] = (slope * weights[entry[0]]).to(x.dtype)
+            gradient[entry] = (slope * weights[row]).to(x.dtype)
             ctx.save_for_backward(gradient.view(logits.shape))
         return total.to(wide)
 
@@ -142,43 +143,34 @@ class _Sweep(torch.autograd.Function):
         return gradient if by == 1 else gradient * by, *[None] * 6
 
 
-def _own_entries(x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and class of each positive."""
-    row = ((labels >= 0) & (labels < x.shape[1])).nonzero()[:, 0]
-    return row, labels[row]
+def _in_pieces(x: Tensor, own: tuple[Tensor, Tensor], weights: Tensor, power: float, gradient: Tensor | None) -> Tensor:
+    """Sum of each row without the positives' own entries; fills ``gradient`` likewise."""
+    if x.numel() == 0:
+        return torch.zeros_like(weights)
+    count = max(1, PIECE * torch.get_num_threads() // x.shape[1])
+    starts = torch.arange(0, len(x) + count, count)
+    of_piece = torch.searchsorted(own[0], starts).tolist()
+    sums = torch.empty_like(weights)
+    pieces = [tensor.split(count) for tensor in (x, weights[:, None], sums)]
+    gradients = gradient.split(count) if gradient is not None else [None] * len(starts)
+    for i, (piece, weight, into, slopes) in enumerate(zip(*pieces, gradients, strict=False)):
+        wide = piece.to(weights.dtype)
+        p = wide.sigmoid()
+        surprise = _surprise(wide, p)
+        factor = _weighted_power(p, weight, power)
+        mine = slice(of_piece[i], of_piece[i + 1])
+        if mine.start < mine.stop:
+            factor[own[0][mine] - i * count, own[1][mine]] = 0
+        torch.sum(factor * surprise, 1, out=into)
+        if slopes is not None:
+            surprise.addcmul_(surprise, p, value=-1)  # (1 - p) s
+            torch.mul(p.add_(surprise, alpha=power), factor, out=slopes)
+    return sums
 
 
-def _in_pieces(
-    x: Tensor, labels: Tensor, weights: Tensor, power: float, *, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sum in float64 and gradient of all entries but the positives' own."""
-    gradient = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradient else None
-    count = max(1, PIECE * torch.get_num_threads() // max(1, x.shape[1]))
-    sums = [torch.zeros((), dtype=torch.float64)]
-    for start in range(0, len(x), count):
-        rows = slice(start, start + count)
-        piece = x[rows], labels[rows], weights[rows], gradient[rows] if with_gradient else None, power
-        total = _piece(*piece)
-        sums.append(total if total.isfinite() else _piece(*piece, large=True))
-    return torch.stack(sums).sum(), gradient
-
-
-def _piece(
-    x: Tensor, labels: Tensor, weights: Tensor, gradient: Tensor | None, power: float, *, large: bool = False
-) -> Tensor:
-    """The sum over a few rows; their ``gradient`` is filled in. Logits above 88 (709 in float64) need ``large``."""
-    x = x.to(weights.dtype)
-    grown = (x.clamp(max=0.9 * math.log(torch.finfo(x.dtype).max)) if large else x).exp()
-    surprise = grown.log1p()
-    if large:
-        surprise = surprise.maximum(x)
-    rest = (grown + 1).reciprocal_()  # 1 - p
-    p = grown.mul_(rest)
-    factor = _weighted_power(p, weights[:, None], power)
-    factor[_own_entries(x, labels)] = 0
-    if gradient is not None:
-        torch.mul(torch.addcmul(p, rest, surprise, value=power), factor, out=gradient)
-    return surprise.mul_(factor).sum(1).sum(dtype=torch.float64)
+def _surprise(x: Tensor, p: Tensor) -> Tensor:
+    """ln(1 + e^x), with one logarithm and no exponential where no p is so near 1 that 1 - p has lost its digits."""
+    return F.softplus(x, threshold=80.0) if x.amax() > 3 else p.neg().log1p_().neg_()
 
 
 def _weighted_power(p: Tensor, weights: Tensor, power: float) -> Tensor:
@@ -188,11 +180,11 @@ def _weighted_power(p: Tensor, weights: Tensor, power: float) -> Tensor:
 
 
 @functools.cache
-def _compiled(power: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled(power: float) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """What :func:`_in_pieces` does, as one loop."""
 
-    def sweep(x, labels, weights):
-        own = labels[:, None] == torch.arange(x.shape[1], device=x.device)
+    def sweep(x, labels, weights, gradient):
+        own = labels[:, None] == torch.arange(x.shape[1], dtype=labels.dtype)
         wide = x.to(weights.dtype)
         grown = torch.exp(-wide.abs())  # never overflows
         larger = 1 / (1 + grown)
@@ -200,14 +192,9 @@ def _compiled(power: float) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, 
         p, rest = torch.where(wide >= 0, larger, smaller), torch.where(wide >= 0, smaller, larger)
         # ln(1 + grown), with what the addition rounds away; log1p takes twice as long
         log = torch.log(1 + grown) + (grown - ((1 + grown) - 1)) * larger
-        surprise = wide.clamp(min=0) + log
+        surprise = torch.where(wide >= 0, wide, 0.0) + log
         factor = torch.where(own, 0.0, weights[:, None] * (p * p if power == 2 else p**power))
-        return (factor * surprise).sum(1), (factor * (p + power * rest * surprise)).to(x.dtype)
+        gradient.copy_(factor * (p + power * rest * surprise))
+        return (factor * surprise).sum(1)
 
-    once = torch.compile(sweep)
-
-    def run(x, labels, weights):
-        rows, gradient = once(x, labels, weights)
-        return rows.sum(dtype=torch.float64), gradient
-
-    return run
+    return torch.compile(sweep)

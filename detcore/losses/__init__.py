@@ -26,7 +26,7 @@ from detcore.losses.terms import (
     iou_quality_term,
     quality_focal_term,
 )
-from detcore.losses.weighting import PriorWeight
+from detcore.losses.weighting import PriorWeight, prior_shares
 
 __all__ = [
     "LossTerm",
@@ -51,6 +51,7 @@ __all__ = [
     "odm_class_term",
     "overlap_term",
     "pce_loss",
+    "prior_shares",
     "pse_loss",
     "quality_focal_loss",
     "quality_focal_sum",
