@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from detcore.boxes import area, iou, pairwise_iou, xyxy_to_cxcywh
+from detcore.kernels import accelerated, matching, point_matching
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["ForceMatch", "centerness_target", "fcos_assign", "max_iou_assign"]
@@ -17,6 +18,7 @@ __all__ = ["ForceMatch", "centerness_target", "fcos_assign", "max_iou_assign"]
 ForceMatch = Literal["object", "prior", "off"]
 
 
+@accelerated(matching.max_iou_assign, when=matching.max_iou_applies)
 def max_iou_assign(
     priors: Priors,
     targets: Targets,
@@ -87,6 +89,7 @@ def max_iou_assign(
     return assignment_of(priors, targets, overlap, labels, index)
 
 
+@accelerated(point_matching.fcos_assign, when=point_matching.fcos_applies)
 def fcos_assign(
     priors: Priors,
     targets: Targets,

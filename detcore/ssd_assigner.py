@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detcore.assigners import assignment_of, inside_own_padding
 from detcore.boxes import pairwise_iou
+from detcore.kernels import accelerated, ssd_matching
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["ForceRule", "num_matched", "ssd_assign"]
@@ -18,6 +19,7 @@ __all__ = ["ForceRule", "num_matched", "ssd_assign"]
 ForceRule = Literal["override", "bipartite"]
 
 
+@accelerated(ssd_matching.ssd_assign, when=ssd_matching.ssd_applies)
 def ssd_assign(
     priors: Priors,
     targets: Targets,

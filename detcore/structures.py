@@ -70,12 +70,10 @@ class Priors(_Movable):
     Args:
         boxes: corners in pixels; leading size 1 when every image has the same priors. A point is
             a square of side = its stride around it.
-        counts: how many priors each feature level has, in order; plain numbers, so that the
-            levels can be told apart without asking the device.
+        counts: how many priors each feature level has, in order; plain numbers, known without asking the device.
         cells: (x, y) in pixels at which the cell of each prior begins. A cell that begins beyond an
             image exists only because the batch holds a larger one. ``None``: every image has all.
-        maps: (rows, columns) of each level's feature map, where the priors of a level come row by row, cell
-            by cell, equally many a cell. ``None``: nothing is known of their order.
+        maps: (rows, columns) of each level's map, where priors come row by row and cell by cell; else ``None``.
     """
 
     boxes: Float[Tensor, "#B N 4"]
@@ -117,10 +115,8 @@ class Assignment:
     Args:
         labels: class of the object, or ``BACKGROUND``, or ``IGNORE``.
         index: slot of the object in ``targets``; 0 where the prior is not positive.
-        boxes: the object's corners in pixels; the prior's own where it is not positive, so that
-            every function of them stays finite there and masking is enough.
-        iou: IoU of the prior (not of the prediction) with that object, in [0, 1]; 0 where the prior is not
-            positive.
+        boxes: the object's corners in pixels; where there is none the prior's own, so that all stays finite.
+        iou: IoU of the prior (not of the prediction) with that object, in [0, 1]; 0 where there is none.
         targets: the objects the priors were matched with.
     """
 
