@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from detcore.inference import Precision, ready_to_detect
 from detcore.losses.terms import LossTerm
 from detcore.nn.inputs import ImageInput
 from detcore.postprocess import Selector
@@ -125,6 +126,30 @@ class DenseDetector(nn.Module):
         """Detections in pixels of the batch, clipped to each picture's (height, width)."""
         pred = self.predict(images)
         return self.select(self.score(pred), pred, sizes)
+
+    def optimize_for_inference(self, *, precision: Precision = "auto") -> "DenseDetector":
+        """A copy that detects the same in less time; this one stays as it is.
+
+        In evaluation mode, weights without gradients and channels last in memory, each batch norm folded into the
+        convolution before it, priors remembered. For more, compile what it predicts with:
+        ``ready.predict = torch.compile(ready.predict)``.
+
+        Args:
+            precision: ``"fp32"``, ``"bf16"``, where weights are bfloat16 too, or ``"auto"``, what
+                :func:`detcore.inference.best_precision` says of the device. In float32 scores differ by rounding
+                alone, about 1e-6.
+
+        Raises:
+            ValueError: if the weights are not float32 or not there (meta device), are parametrized, a batch norm
+                keeps no statistics, or the detector is compiled.
+
+        Example:
+            >>> from detcore.models import get_model
+            >>> ready = get_model("retinanet", num_classes=3, backbone="tiny").optimize_for_inference(precision="bf16")
+            >>> ready.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).logits.dtype
+            torch.bfloat16
+        """
+        return ready_to_detect(self, precision=precision)
 
     def forward(
         self, images: Sequence[Tensor] | Tensor, targets: Sequence[Mapping[str, Tensor]] | None = None

@@ -35,6 +35,7 @@ LADDER = [
     "nn",
     "scoring",
     "postprocess",
+    "inference",
     "detector",
     "models",
 ]
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "explore": set(),
     "provenance": {"checkpoint"},
     "checkpoint": BASE,
-    "training": {*BASE, "detector", "data", "checkpoint"},
+    "training": {*BASE, "inference", "detector", "data", "checkpoint"},
     "stored": {*BASE, "scoring", "postprocess"},
     "exercises": {*LADDER, *AROUND},
     "cli": {*LADDER, *AROUND, "exercises"},

@@ -69,13 +69,21 @@ class ImageInput(nn.Module):
             )
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.dtype = torch.get_default_dtype()
         self.divisor = divisor if warp_side is None else 1
         self.short_side, self.long_side, self.warp_side = short_side, long_side, warp_side
+
+    def _apply(self, fn, recurse: bool = True) -> "ImageInput":
+        # follow the model to its device and type, but keep the colours as they are: bfloat16 has no 0.485
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.mean.device))
+        self.dtype = like.dtype
+        return super()._apply(lambda colour: colour.to(like.device), recurse)
 
     def forward(self, images: Shaped[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Normalised pictures in the model's type, from uint8 in 0..255 or floats in 0..1."""
         scale = 255 if images.dtype == torch.uint8 else 1
-        return (images.to(self.mean.dtype) / scale - self.mean) / self.std
+        wide = images.to(torch.promote_types(self.dtype, torch.float32))
+        return ((wide / scale - self.mean) / self.std).to(self.dtype)
 
     def batch(self, images: Sequence[Tensor] | Tensor) -> ImageBatch:
         """One batch of pictures (3, h, w), uint8 or float, each of its own size.

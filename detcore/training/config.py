@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
+from detcore.inference import best_precision
 
 __all__ = ["TrainConfig", "best_precision", "learning_rate"]
 
@@ -127,27 +127,3 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         falling = max(config.epochs * steps_per_epoch - warm, 1)
         lr *= 0.5 * (1 + math.cos(math.pi * min((step - warm) / falling, 1.0)))
     return lr
-
-
-def best_precision(device: torch.device | str = "cpu") -> str:
-    """The precision that ``auto`` stands for on a device.
-
-    Returns:
-        ``bf16`` on GPUs that have it and on CPUs with AMX tiles (about 3 times faster than float32
-        there, channels last), else ``fp32``: AVX-512 alone gains nothing from bf16.
-
-    Example:
-        >>> best_precision("meta")
-        'fp32'
-    """
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if kind == "cpu" and _cpu_has_amx() else "fp32"
-
-
-def _cpu_has_amx() -> bool:
-    if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
-    flags = Path("/proc/cpuinfo")  # an older torch; elsewhere than on Linux the answer is no
-    return flags.exists() and " amx_bf16" in flags.read_text(encoding="utf-8")
