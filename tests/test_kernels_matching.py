@@ -17,6 +17,13 @@ from detcore.structures import IGNORE, Priors, Targets
 from tests.samples import targets_of
 from tests.zoo import EVERY_NETWORK
 
+
+@pytest.fixture(autouse=True)
+def however_few(monkeypatch):
+    """Kernels are tried on small batches too, which do not need them."""
+    monkeypatch.setattr(_pairs, "_WORTH", 1)
+
+
 STRIDES = (8, 16, 32, 64, 128)
 RANGES = (24.0, 48.0, 96.0, 192.0, math.inf)
 
@@ -416,6 +423,14 @@ TARGETS = batch_of((64, 64), common, (3, 2))
 def test_what_the_local_matcher_does_not_take(priors, targets, options):
     assert matching.max_iou_applies(PRIORS, TARGETS)
     assert not matching.max_iou_applies(priors, targets, **options)
+
+
+def test_small_batches_are_matched_plainly(monkeypatch):
+    pairs = TARGETS.labels.numel() * PRIORS.boxes.shape[1]
+    monkeypatch.setattr(_pairs, "_WORTH", pairs)
+    assert matching.max_iou_applies(PRIORS, TARGETS)
+    monkeypatch.setattr(_pairs, "_WORTH", pairs + 1)
+    assert not matching.max_iou_applies(PRIORS, TARGETS)
 
 
 def test_public_functions_call_the_local_matchers_unless_told_otherwise(monkeypatch):

@@ -12,11 +12,12 @@ from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["Answer", "Pairs", "applies", "extent", "overlapping"]
 
+_WORTH = 40_000  # pairs of slot and prior in the batch; fewer, and the plain forms are as fast
 _FAR = 1e6  # pixels; beyond, float32 no longer tells them apart and the margins below would not do
 
 
 def applies(priors: Priors, targets: Targets) -> bool:
-    """Whether the local matchers can take these: on a CPU, priors on a grid, boxes of one type and sound."""
+    """Whether the local matchers can take these and it pays: on a CPU, priors on a grid, boxes of one type."""
     boxes = targets.boxes
     return (
         type(priors.boxes) is type(boxes) is Tensor
@@ -25,7 +26,7 @@ def applies(priors: Priors, targets: Targets) -> bool:
         and boxes.dtype in (torch.float32, torch.float64)
         and targets.labels.dtype == torch.int64
         and not (priors.boxes.requires_grad or boxes.requires_grad)
-        and boxes.numel() > 0
+        and targets.labels.numel() * priors.boxes.shape[1] >= _WORTH
         and grid_of(priors) is not None
         and bool((boxes.abs() < _FAR).all())
     )

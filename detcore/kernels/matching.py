@@ -29,9 +29,11 @@ def max_iou_applies(
     """Whether :func:`max_iou_assign` here can take these arguments.
 
     Example:
-        >>> priors = Priors(torch.tensor([[[0.0, 0, 8, 8], [8, 0, 16, 8]]]), (2,), maps=((1, 2),))
-        >>> one = Targets(torch.tensor([[[0.0, 0, 10, 12]]]), torch.tensor([[7]]), torch.tensor([[True]]))
-        >>> max_iou_applies(priors, one), max_iou_applies(Priors(priors.boxes, (2,)), one)
+        >>> from detcore.priors import AnchorGenerator
+        >>> priors = AnchorGenerator([8])([torch.zeros(1, 1, 100, 168)], (800, 1344))
+        >>> boxes, labels = torch.tensor([[0.0, 0, 10, 12]]).expand(4, 8, 4), torch.ones(4, 8, dtype=torch.int64)
+        >>> eight = Targets(boxes, labels, labels > 0)
+        >>> max_iou_applies(priors, eight), max_iou_applies(Priors(priors.boxes, priors.counts), eight)
         (True, False)
     """
     sound = _LEAST <= negative_iou <= positive_iou <= 1 and force_match in ("object", "prior", "off")

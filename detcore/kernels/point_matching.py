@@ -35,9 +35,14 @@ def fcos_applies(
     """Whether :func:`fcos_assign` here can take these arguments.
 
     Example:
-        >>> points = Priors(torch.tensor([[[0.0, 0, 8, 8], [8, 0, 16, 8]]]), (2,), maps=((1, 2),))
-        >>> one = Targets(torch.tensor([[[2.0, 2, 10, 12]]]), torch.tensor([[7]]), torch.tensor([[True]]))
-        >>> fcos_applies(points, one, ranges=[8.0]), fcos_applies(Priors(points.boxes, (2,)), one, ranges=[8.0])
+        >>> from detcore.priors import PointGenerator
+        >>> priors = PointGenerator([8])([torch.zeros(1, 1, 100, 168)], (800, 1344))
+        >>> boxes, labels = torch.tensor([[0.0, 0, 10, 12]]).expand(4, 8, 4), torch.ones(4, 8, dtype=torch.int64)
+        >>> eight = Targets(boxes, labels, labels > 0)
+        >>> (
+        ...     fcos_applies(priors, eight, ranges=[64.0]),
+        ...     fcos_applies(Priors(priors.boxes, priors.counts), eight, ranges=[64.0]),
+        ... )
         (True, False)
     """
     sound = len(ranges) == len(priors.counts) and all(low < high for low, high in pairwise(ranges))

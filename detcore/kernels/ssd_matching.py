@@ -24,9 +24,11 @@ def ssd_applies(
     """Whether :func:`ssd_assign` here can take these arguments.
 
     Example:
-        >>> priors = Priors(torch.tensor([[[0.0, 0, 8, 8], [8, 0, 16, 8]]]), (2,), maps=((1, 2),))
-        >>> one = Targets(torch.tensor([[[0.0, 0, 10, 12]]]), torch.tensor([[7]]), torch.tensor([[True]]))
-        >>> ssd_applies(priors, one), ssd_applies(Priors(priors.boxes, (2,)), one)
+        >>> from detcore.priors import AnchorGenerator
+        >>> priors = AnchorGenerator([8])([torch.zeros(1, 1, 100, 168)], (800, 1344))
+        >>> boxes, labels = torch.tensor([[0.0, 0, 10, 12]]).expand(4, 8, 4), torch.ones(4, 8, dtype=torch.int64)
+        >>> eight = Targets(boxes, labels, labels > 0)
+        >>> ssd_applies(priors, eight), ssd_applies(Priors(priors.boxes, priors.counts), eight)
         (True, False)
     """
     return _LEAST <= positive_iou <= 1 and rule in ("override", "bipartite") and applies(priors, targets)
