@@ -21,17 +21,18 @@ HEIGHT, WIDTH = 375, 500  # most pictures of PASCAL VOC
 OBJECTS = 3  # a picture there, about
 
 
-def reference_chain(*, pil: bool) -> v2.Transform:
+def reference_chain(*, pil: bool, colours: bool = True) -> v2.Transform:
     """``data_augmentation="ssd"`` of torchvision's references/detection/presets.py, then SSD300's resize.
 
     The detector resizes there; here it is part of the chain, as in ours, so that both end with the same uint8 pictures.
 
     Args:
         pil: for pictures of PIL, the preset's default; else for uint8 tensors, its other way.
+        colours: change them too; else the geometry alone.
     """
     picture = PIL.Image.Image if pil else tv_tensors.Image
     chain = [
-        v2.RandomPhotometricDistort(),
+        *([v2.RandomPhotometricDistort()] if colours else []),
         v2.RandomZoomOut(fill={picture: PAD_COLOUR}),
         v2.RandomIoUCrop(),
         v2.RandomHorizontalFlip(0.5),
@@ -54,11 +55,16 @@ def samples(count: int) -> list[tuple[tv_tensors.Image, dict[str, Any]]]:
     return made
 
 
-def augmentation_row(count: int, *, pil: bool) -> Row:
-    """Pictures in, augmented pictures of 300 x 300 out, one by one; decoding is no part of it."""
-    mine, chain = ssd_transform(SIDE, train=True), reference_chain(pil=pil)
+def augmentation_row(count: int, *, pil: bool, colours: bool = True) -> Row:
+    """Pictures in, augmented pictures of 300 x 300 out, one by one; decoding is no part of it.
+
+    Beside theirs on PIL, ours starts from what our data sets make of a picture of PIL: its bytes, colours side by side.
+    """
+    mine, chain = ssd_transform(SIDE, train=True, colours=colours), reference_chain(pil=pil, colours=colours)
     given = samples(count)
     theirs = [(F.to_pil_image(image), target) for image, target in given] if pil else given
+    if pil:
+        given = [(tv_tensors.Image(image.permute(1, 2, 0).contiguous().permute(2, 0, 1)), t) for image, t in given]
 
     def runner(transform: Callable, given: list) -> Callable[[], list[tuple[Tensor, dict[str, Any]]]]:
         return lambda: [transform(image, dict(target)) for image, target in given]
@@ -76,8 +82,8 @@ def augmentation_row(count: int, *, pil: bool) -> Row:
         assert_alike(by_detcore, by_torchvision, rounds=-(-100 // count))
 
     torch.manual_seed(0)
-    kind = "PIL" if pil else "uint8"
-    return Row(f"SSD300: augmentation, theirs on {kind}, {count} pictures", check, by_torchvision, by_detcore)
+    kind, part = "PIL" if pil else "uint8", "augmentation" if colours else "augmentation without colours"
+    return Row(f"SSD300: {part}, theirs on {kind}, {count} pictures", check, by_torchvision, by_detcore)
 
 
 def assert_alike(mine: Callable, theirs: Callable, *, rounds: int) -> None:

@@ -6,10 +6,12 @@ import json
 import math
 import pathlib
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -103,7 +105,19 @@ def keep_memory() -> bool:
     return mallopt is not None and bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 
-def table(timings: list[Timing], theirs: str) -> str:
+def peak_memory() -> float:
+    """The most memory that this process has held so far, in megabytes.
+
+    Linux says it per program; ``getrusage`` would count what the parent held when it started this one.
+    """
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        [line] = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1024)
+
+
+def table(timings: Sequence[Timing], theirs: str) -> str:
     """Lines to print: milliseconds of both and how many times faster ours is."""
     wide = max(len(t.name) for t in timings)
     lines = [f"{'':{wide}}  {theirs + ' ms':>16}  {'detcore ms':>11}  {'x over ' + theirs:>18}  (quartiles)"]
@@ -117,13 +131,14 @@ def table(timings: list[Timing], theirs: str) -> str:
 
 def write(
     path: pathlib.Path,
-    timings: list[Timing] | list[dict[str, object]],
+    timings: Sequence[Timing] | Sequence[dict[str, object]],
     *,
     command: str,
     allocator: str,
     setting: dict[str, object],
     clock: str = "process CPU time, one thread, sides interleaved; ratio is the median of paired ratios",
     device: str | None = None,
+    packages: Sequence[str] = ("torch", "torchvision", "numpy"),
 ) -> None:
     """Keep the measurements with what is needed to repeat them; ``device`` is a GPU's name."""
     record = {
@@ -132,7 +147,7 @@ def write(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": ({"gpu": device} if device else {})
         | {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
-        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "torchvision", "numpy")}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "clock": clock,
         "allocator": allocator,
         "setting": setting,

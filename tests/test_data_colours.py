@@ -97,7 +97,9 @@ def test_draws_have_the_published_numbers():
     assert (torch.corrcoef(together) - torch.eye(4)).abs().max() < 4 / 20000**0.5  # each by itself
 
 
-def test_photometric_distort_draws_from_torch_and_changes_the_picture():
+@pytest.mark.parametrize("pixels_at_once", [1 << 15, 40, 1])
+def test_photometric_distort_draws_from_torch_and_changes_the_picture(monkeypatch, pixels_at_once):
+    monkeypatch.setattr(colours, "PIXELS_AT_ONCE", pixels_at_once)
     for seed in range(20):
         torch.manual_seed(seed)
         change = draw_colours(torch.rand(1, 9))
