@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from detcore import kernels
 from detcore.assigners import fcos_assign, max_iou_assign
 from detcore.default_boxes import LAYOUTS, DefaultBoxGenerator
 from detcore.kernels import _grid, _pairs, disable, matching, point_matching, ssd_matching
@@ -351,7 +352,7 @@ def test_object_best_served_beyond_the_padding():
     priors = anchors((64, 64))
     cells = priors.cells.clone()
     cells[: priors.counts[0]] += 1000
-    targets = targets_of(([[20.0, 20, 30, 30]], [1]), dtype=torch.float32, sizes=torch.tensor([[64, 64]]))
+    targets = targets_of(([[2.0, 2, 12, 12]], [1]), dtype=torch.float32, sizes=torch.tensor([[64, 64]]))
     wanted = both(matching.max_iou_assign, max_iou_assign, replace(priors, cells=cells), targets)
     assert wanted.ignored.sum() == priors.counts[0]
     assert wanted.positive.any()
@@ -468,6 +469,7 @@ def test_small_batches_are_matched_plainly(monkeypatch):
 
 def test_public_functions_call_the_local_matchers_unless_told_otherwise(monkeypatch):
     called = []
+    monkeypatch.setitem(kernels._switch, "on", True)
     own = _pairs.Answer.own
     monkeypatch.setattr(_pairs.Answer, "own", lambda answer, at: called.append(own(answer, at)))
     calls = [
