@@ -24,7 +24,7 @@ Selector = Callable[[Scores, Predictions, Tensor], Detections]
 ThresholdOn = Literal["ranking", "classes"]
 
 
-@accelerated(suppression.best_by_prior, when=suppression.on_processor)
+@accelerated(suppression.best_by_prior, when=suppression.applies)
 def select_by_prior(
     scores: Scores,
     pred: Predictions,
@@ -80,7 +80,7 @@ def select_by_prior(
     )
 
 
-@accelerated(suppression.best_by_pair, when=suppression.on_processor)
+@accelerated(suppression.best_by_pair, when=suppression.applies)
 def select_by_pair(
     scores: Scores,
     pred: Predictions,
@@ -127,7 +127,7 @@ def select_by_pair(
     )
 
 
-@accelerated(suppression.best_by_class, when=suppression.on_processor)
+@accelerated(suppression.best_by_class, when=suppression.applies)
 def select_by_class(
     scores: Scores,
     pred: Predictions,

@@ -46,10 +46,10 @@ def sizes_of(pred):
     return torch.tensor([[150, 170], [90, 200], [400, 400], [64, 64]])[: len(pred.boxes)]
 
 
-def assert_twins(name, scores, pred, **options):
+def assert_twins(name, scores, pred, *, atol=0.0, **options):
     """Every field of both is the same; the detections."""
     select, sizes = SELECTORS[name], sizes_of(pred)
-    assert suppression.on_processor(scores, pred, sizes, **options)
+    assert suppression.applies(scores, pred, sizes, **options)
     found = select(scores, pred, sizes, **options)
     with disable():
         plain = select(scores, pred, sizes, **options)
@@ -57,7 +57,7 @@ def assert_twins(name, scores, pred, **options):
         mine, wanted = getattr(found, field.name), getattr(plain, field.name)
         assert (mine is None) == (wanted is None)
         if wanted is not None:
-            assert_close(mine, wanted, rtol=0, atol=0, msg=lambda text, f=field: f"{f.name}: {text}")
+            assert_close(mine, wanted, rtol=0, atol=atol, msg=lambda text, f=field: f"{f.name}: {text}")
     return found
 
 
@@ -249,6 +249,6 @@ def test_gradients_are_left_to_the_plain_form(name):
     pred = raw()
     boxes = pred.boxes.clone().requires_grad_()
     with_gradient = dataclasses.replace(pred, boxes=boxes)
-    assert not suppression.on_processor(class_score(with_gradient), with_gradient, sizes_of(pred))
+    assert not suppression.applies(class_score(with_gradient), with_gradient, sizes_of(pred))
     SELECTORS[name](class_score(with_gradient), with_gradient, sizes_of(pred)).boxes.sum().backward()
     assert boxes.grad.abs().sum() > 0

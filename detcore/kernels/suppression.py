@@ -1,9 +1,11 @@
-"""Selection on a processor that reads the scores of the best priors only, and of more if these do not suffice.
+"""Selection that reads the scores of the best priors only, and of more if these do not suffice.
 
 Which pairs come through greedy suppression depends, from the best down, on better pairs alone. So the best few are
 enough as soon as ``max_detections`` of them survive, and they are found from a bound on each prior's scores,
 :meth:`detcore.scores.Scores.bound`, which costs one pass over the logits. The results are those of
 :mod:`detcore.postprocess`, ties included: of equal scores the earlier prior goes first, then the lower class.
+
+A GPU begins with :mod:`detcore.kernels.fixed_rounds`; what is here is its second try, and the way of processors.
 """
 
 import math
@@ -17,17 +19,18 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from detcore.boxes import clip_boxes
+from detcore.kernels.fixed_rounds import select_in_fixed_rounds
+from detcore.kernels.selection import SLACK, Rule, is_sound, open_priors
 from detcore.scores import Scores
 from detcore.structures import BACKGROUND, Detections, Predictions
 
-__all__ = ["best_by_class", "best_by_pair", "best_by_prior", "on_processor"]
+__all__ = ["applies", "best_by_class", "best_by_pair", "best_by_prior"]
 
 _ROWS, _PAIRS = 1024, 4096  # priors and pairs of an image that are tried first
-_SLACK = 1e-5  # bounds are off by the last bits
 _VECTOR = 64
 
 
-def on_processor(
+def applies(
     scores: Scores,
     pred: Predictions,
     sizes: Tensor,
@@ -38,23 +41,17 @@ def on_processor(
     nms_iou: float | None = None,
     max_detections: int = 1,
 ) -> bool:
-    """Whether the forms here apply: on a processor, without gradients, to options that are in range.
+    """Whether the forms here apply: without gradients, to options that are in range.
 
     Example:
         >>> from detcore.structures import Priors
         >>> box = torch.zeros(1, 1, 4)
         >>> pred, sizes = Predictions(box, box, box, Priors(box, (1,))), torch.ones(1, 2)
-        >>> on_processor(Scores(box, box), pred, sizes), on_processor(Scores(box, box), pred, sizes, candidates=0)
+        >>> applies(Scores(box, box), pred, sizes), applies(Scores(box, box), pred, sizes, candidates=0)
         (True, False)
     """
-    is_sound = (
-        0 <= score_threshold <= 1
-        and threshold_on in ("ranking", "classes")
-        and candidates >= 1
-        and (nms_iou is None or 0 <= nms_iou <= 1)
-        and max_detections >= 1
-    )
-    return is_sound and pred.boxes.device.type == "cpu" and not pred.boxes.requires_grad
+    is_wanted = is_sound(score_threshold, threshold_on, candidates, nms_iou, max_detections)
+    return is_wanted and pred.boxes.device.type in ("cpu", "cuda") and not pred.boxes.requires_grad
 
 
 def best_by_prior(
@@ -77,7 +74,7 @@ def best_by_prior(
         >>> best_by_prior(Scores(scores, scores), pred, torch.tensor([[9, 9]]), max_detections=2).prior
         tensor([[1, 0]])
     """
-    rule = _Rule("prior", score_threshold, threshold_on, candidates, nms_iou, max_detections)
+    rule = Rule("prior", score_threshold, threshold_on, candidates, nms_iou, max_detections)
     return _select(scores, pred, sizes, rule)
 
 
@@ -101,7 +98,7 @@ def best_by_pair(
         >>> best_by_pair(Scores(scores, scores), pred, torch.tensor([[9, 9]]), max_detections=2).labels
         tensor([[ 0, -1]])
     """
-    rule = _Rule("pair", score_threshold, threshold_on, candidates, nms_iou, max_detections)
+    rule = Rule("pair", score_threshold, threshold_on, candidates, nms_iou, max_detections)
     return _select(scores, pred, sizes, rule)
 
 
@@ -125,22 +122,8 @@ def best_by_class(
         >>> best_by_class(Scores(scores, scores), pred, torch.tensor([[9, 9]]), max_detections=2).labels
         tensor([[ 0, -1]])
     """
-    rule = _Rule("class", score_threshold, threshold_on, candidates, nms_iou, max_detections)
+    rule = Rule("class", score_threshold, threshold_on, candidates, nms_iou, max_detections)
     return _select(scores, pred, sizes, rule)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    by: Literal["prior", "pair", "class"]
-    score_threshold: float
-    threshold_on: Literal["ranking", "classes"]
-    candidates: int
-    nms_iou: float | None
-    max_detections: int
-
-    def passing(self, scores: Scores) -> Tensor:
-        """What the threshold cuts."""
-        return scores.ranking if self.threshold_on == "ranking" else scores.classes
 
 
 @dataclass(frozen=True)
@@ -158,13 +141,21 @@ class _Pairs:
         return _Pairs(self.prior[index], self.label[index], self.ranking[index], self.classes[index], quality)
 
 
-def _select(scores: Scores, pred: Predictions, sizes: Tensor, rule: _Rule) -> Detections:
+def _select(scores: Scores, pred: Predictions, sizes: Tensor, rule: Rule) -> Detections:
+    if _is_on_gpu(pred):
+        found, is_exact = select_in_fixed_rounds(scores, pred, sizes, rule)
+        if is_exact:  # the only number that the host waits for
+            return found
+    return _select_by_image(scores, pred, sizes, rule)
+
+
+def _is_on_gpu(pred: Predictions) -> bool:
+    return pred.boxes.is_cuda
+
+
+def _select_by_image(scores: Scores, pred: Predictions, sizes: Tensor, rule: Rule) -> Detections:
     bound = scores.bound()
-    best = bound.ranking[..., 0]  # B N
-    if rule.by == "prior" and rule.threshold_on == "classes":
-        open_ = torch.ones_like(best, dtype=torch.bool)  # a prior below the threshold still takes its level's place
-    else:
-        open_ = ~(rule.passing(bound)[..., 0] <= rule.score_threshold * (1 - _SLACK))
+    best, open_ = bound.ranking[..., 0], open_priors(bound, rule)  # B N
     found = [_best_of_image(scores, pred, sizes, b, open_[b], best[b], rule) for b in range(len(best))]
 
     def padded(values: Callable[[_Pairs], Tensor], empty: int = 0) -> Tensor:
@@ -176,7 +167,8 @@ def _select(scores: Scores, pred: Predictions, sizes: Tensor, rule: _Rule) -> De
 
     prior, label = padded(lambda p: p.prior), padded(lambda p: p.label, BACKGROUND)
     valid = label != BACKGROUND
-    boxes = clip_boxes(pred.boxes[torch.arange(len(prior))[:, None], prior], sizes)
+    image = torch.arange(len(prior), device=prior.device)[:, None]
+    boxes = clip_boxes(pred.boxes[image, prior], sizes)
     return Detections(
         boxes=torch.where(valid[..., None], boxes, 0.0),
         scores=padded(lambda p: p.ranking),
@@ -195,7 +187,7 @@ def _best_of_image(
     image: int,
     open_: Bool[Tensor, " N"],
     best: Float[Tensor, " N"],
-    rule: _Rule,
+    rule: Rule,
 ) -> _Pairs:
     rows = open_.nonzero()[:, 0]
     best = best[rows]
@@ -204,7 +196,7 @@ def _best_of_image(
         if len(rows) > most_rows:
             floor = float(best.topk(most_rows).values[-1])
             chosen = rows[best >= floor]
-            floor *= 1 + _SLACK
+            floor *= 1 + SLACK
         pairs, floor = _pairs_above(scores, pred, image, chosen, floor, most_pairs, rule)
         kept = pairs[_survivors(pairs, pred, sizes, image, rule)]
         if len(kept.prior) == rule.max_detections or floor == -math.inf:
@@ -219,7 +211,7 @@ def _pairs_above(
     rows: Int[Tensor, " R"],
     floor: float,
     most_pairs: int | None,
-    rule: _Rule,
+    rule: Rule,
 ) -> tuple[_Pairs, float]:
     """All candidates with a score above ``floor``; if that is too many, above a higher one, which is returned."""
     # whole vectors only: torch rounds the last few numbers of a tensor in another way than those before
@@ -250,25 +242,26 @@ def _pairs_above(
 
 
 def _level(prior: Int[Tensor, " P"], pred: Predictions) -> Int[Tensor, " P"]:
-    return torch.bucketize(prior, torch.tensor(pred.priors.counts).cumsum(0), right=True)
+    return pred.priors.level[prior]
 
 
 def _rank_in_group(group: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
     """How many earlier entries have the same group."""
     order = group.argsort(stable=True)
     first = torch.searchsorted(group[order], group[order])
-    return torch.empty_like(group).scatter(0, order, torch.arange(len(group)) - first)
+    return torch.empty_like(group).scatter(0, order, torch.arange(len(group), device=group.device) - first)
 
 
-def _survivors(pairs: _Pairs, pred: Predictions, sizes: Tensor, image: int, rule: _Rule) -> Int[Tensor, " S"] | slice:
+def _survivors(pairs: _Pairs, pred: Predictions, sizes: Tensor, image: int, rule: Rule) -> Int[Tensor, " S"] | slice:
     """The best ``max_detections`` that suppression leaves; only as many pairs are compared as that takes."""
     if rule.nms_iou is None or not len(pairs.prior):
         return slice(rule.max_detections)
     boxes = clip_boxes(pred.boxes[image, pairs.prior][None], sizes[image : image + 1])[0].double()
     boxes[:, ::2] += (pairs.label * (sizes[image, 1] + 1))[:, None]  # classes side by side do not overlap
-    falling = -torch.arange(len(boxes), dtype=torch.float64)
+    every = torch.arange(len(boxes), device=boxes.device)
+    falling = -every.double()
     kept = pairs.prior[:0]
-    for tried in torch.arange(len(boxes)).split(max(rule.max_detections, 128)):
+    for tried in every.split(max(rule.max_detections, 128)):
         tried = torch.cat([kept, tried])  # noqa: PLW2901
         kept = tried[nms(boxes[tried], falling[tried], rule.nms_iou)]
         if len(kept) >= rule.max_detections:
