@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 from benchmarks.augmentation import augmentation_row
 from benchmarks.cases import CASES, Case, Maps
+from benchmarks.matching import matching_rows
 from benchmarks.synthetic import objects, pictures
 from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
 from detcore.boxes import pairwise_iou
@@ -40,6 +41,7 @@ class Setting:
         objects: objects a picture.
         batch: pictures in training.
         detect_batches: pictures in post-processing and inference.
+        large: side of the large pictures; 1024 has the pixels of 800 x 1333.
         per_level: background pairs above the score threshold on each level.
         augmented: pictures in augmentation.
         repeats: timed runs of each side.
@@ -52,13 +54,16 @@ class Setting:
     objects: int = 7
     batch: int = 4
     detect_batches: tuple[int, ...] = (1, 8)
+    large: int = 1024
     per_level: int = 1000
     augmented: int = 16
     repeats: int = 15
     budget: float = 60.0
 
 
-QUICK = Setting(size=128, num_classes=21, batch=2, detect_batches=(1, 2), per_level=200, augmented=4, repeats=3)
+QUICK = Setting(
+    size=128, large=192, num_classes=21, batch=2, detect_batches=(1, 2), per_level=200, augmented=4, repeats=3
+)
 
 
 # --- what all rows share
@@ -150,13 +155,23 @@ def postprocess_row(case: Case, setting: Setting, batch: int, *, trained: bool =
         assert_same_detections(by_detcore(), case.as_ours(by_torchvision()))
 
     kind = "post-processing" if trained else "post-processing, untrained"
+    kind += ", large pictures" if setting.size == setting.large else ""
     return Row(f"{case.title}: {kind}, B={batch}", check, by_torchvision, by_detcore)
 
 
 def assert_same_detections(mine: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> None:
-    """Same number, order, labels, scores and boxes in every picture, and something to compare."""
+    """Same number, order, labels, scores and boxes in every picture, and something to compare.
+
+    The order of exactly equal scores is free.
+    """
+
+    def sort(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        order = found["labels"].argsort(stable=True)
+        order = order[found["scores"][order].argsort(descending=True, stable=True)]
+        return {name: found[name][order] for name in ("scores", "labels", "boxes")}
+
     assert sum(len(d["scores"]) for d in theirs) > 0
-    for a, b in zip(mine, theirs, strict=True):
+    for a, b in zip(map(sort, mine), map(sort, theirs), strict=True):
         assert_close(a["scores"], b["scores"], rtol=0.0, atol=1e-6)
         assert_close(a["labels"], b["labels"])
         assert_close(a["boxes"], b["boxes"], rtol=0.0, atol=1e-3)
@@ -232,28 +247,38 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
 # --- inference end to end
 
 
-def inference_row(case: Case, setting: Setting, batch: int, precision: str) -> Row:
-    """Pictures in, detections out."""
+def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, compiled: bool = False) -> Row:
+    """Pictures in, detections out: theirs under autocast where it is bfloat16, ours made ready for it.
+
+    Args:
+        case: the detector.
+        setting: of the benchmark.
+        batch: pictures.
+        precision: of both sides.
+        compiled: whether our network is; theirs never is.
+    """
     size = case.side(setting.size)
-    theirs, ours = (
-        prepared(model, precision).eval() for model in case.both(size, setting.num_classes, setting.backbone)
-    )
+    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
+    theirs, ours = prepared(theirs, precision).eval(), ours.optimize_for_inference(precision=precision)
     images = pictures(batch, size)
     priors = case.priors(ours, size)
     maps = case.trained_maps(ours, priors, batch, size, setting.per_level)
     for model, values in ((theirs, case.as_theirs(maps)), (ours, maps)):
-        for name, convolutions in case.convolutions(model).items():
-            answer_with(convolutions, values[name], priors, ours.head.num_priors, precision)
+        for name, convolutions in () if compiled and model is ours else case.convolutions(model).items():
+            answer_with(convolutions, values[name], priors, ours.head.num_priors)
+    if compiled:
+        network = torch.compile(ours.predict, dynamic=False, options={"freezing": True})
+        answer = case.predictions(ours, {name: value.bfloat16() for name, value in maps.items()}, priors)
+        ours.predict = lambda images: network(images) and answer  # the network works, as if it had been trained
 
-    def runner(model: nn.Module) -> Callable[[], list[dict[str, Tensor]]]:
-        @torch.inference_mode()
-        def run() -> list[dict[str, Tensor]]:
-            with running(precision):
-                return model(images)
+    @torch.no_grad()
+    def by_torchvision() -> list[dict[str, Tensor]]:
+        with running(precision):
+            return theirs(images)
 
-        return run
-
-    by_torchvision, by_detcore = runner(theirs), runner(ours)
+    @torch.no_grad()
+    def by_detcore() -> list[dict[str, Tensor]]:
+        return ours(images)
 
     def check() -> None:
         if precision == "fp32":
@@ -261,24 +286,26 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str) -> R
         else:
             assert_similar_detections(by_detcore(), case.as_ours(by_torchvision()))
 
-    return Row(f"{case.title}: inference, {precision}, B={batch}", check, by_torchvision, by_detcore)
+    kind = "inference, compiled" if compiled else "inference"
+    return Row(f"{case.title}: {kind}, {precision}, B={batch}", check, by_torchvision, by_detcore)
 
 
-def answer_with(
-    convolutions: list[nn.Module], values: Tensor, priors: Priors, per_cell: int | tuple[int, ...], precision: str
-) -> None:
+def answer_with(convolutions: list[nn.Module], values: Tensor, priors: Priors, per_cell: int | tuple[int, ...]) -> None:
     """Let the last convolutions work as always but answer ``values`` (B, N, n), as if they had been trained."""
     per_cell = (per_cell,) * len(priors.counts) if isinstance(per_cell, int) else per_cell
-    maps = {}
+    grids, made = {}, {}
     for level, count in zip(values.split(priors.counts, dim=1), per_cell, strict=True):
         side = round((level.shape[1] / count) ** 0.5)  # pictures are square
-        grid = level.reshape(len(level), side, side, -1).permute(0, 3, 1, 2)  # B, prior * n + component, y, x
-        if precision == "bf16":
-            maps[side] = grid.bfloat16().contiguous(memory_format=torch.channels_last)
-        else:
-            maps[side] = grid.contiguous()
+        grids[side] = level.reshape(len(level), side, side, -1).permute(0, 3, 1, 2)  # B, prior * n + component, y, x
+
+    def answer(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        side = output.shape[-1]
+        if side not in made:  # of the type and in the layout that the convolution gives
+            made[side] = torch.empty_like(output).copy_(grids[side])
+        return made[side]
+
     for convolution in convolutions:
-        convolution.register_forward_hook(lambda module, inputs, output: maps[output.shape[-1]])
+        convolution.register_forward_hook(answer)
 
 
 # --- the command
@@ -295,8 +322,20 @@ def rows(setting: Setting) -> dict[str, Callable[[], Row]]:
         made[f"{key}-postprocess-untrained-{last}"] = functools.partial(
             postprocess_row, case, setting, last, trained=False
         )
+    large = replace(setting, size=setting.large)
+    made["retinanet-postprocess-large"] = functools.partial(postprocess_row, CASES["retinanet"], large, 1)
+    made |= matching_rows(
+        size=setting.size,
+        large=setting.large,
+        few=setting.objects,
+        batch=setting.batch,
+        num_classes=setting.num_classes,
+    )
     for kind in ("uint8", "pil"):
-        made[f"ssd300-augmentation-{kind}"] = functools.partial(augmentation_row, setting.augmented, pil=kind == "pil")
+        for part, colours in (("augmentation", True), ("augmentation-geometry", False)):
+            made[f"ssd300-{part}-{kind}"] = functools.partial(
+                augmentation_row, setting.augmented, pil=kind == "pil", colours=colours
+            )
     for precision in ("fp32", "bf16"):
         for key, case in CASES.items():
             made[f"{key}-step-{precision}"] = functools.partial(step_row, case, setting, precision)
@@ -305,6 +344,9 @@ def rows(setting: Setting) -> dict[str, Callable[[], Row]]:
             for batch in setting.detect_batches:
                 name = f"{key}-inference-{precision}-{batch}"
                 made[name] = functools.partial(inference_row, case, setting, batch, precision)
+    made["retinanet-inference-compiled"] = functools.partial(
+        inference_row, CASES["retinanet"], setting, 1, "bf16", compiled=True
+    )
     return made
 
 

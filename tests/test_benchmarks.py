@@ -16,7 +16,8 @@ from detcore.data.transforms import ssd_transform
 SMALL = dataclasses.replace(QUICK, size=96, num_classes=5, detect_batches=(2,), per_level=50)
 ROWS = rows(SMALL)
 # SSD300 has no smaller sister: its networks take seconds, and so do pictures enough to compare on average
-SLOW = [name for name in ROWS if "ssd300-step" in name or "ssd300-inference" in name or "augmentation" in name]
+SLOW_PARTS = ("ssd300-step", "ssd300-inference", "augmentation", "compiled")
+SLOW = [name for name in ROWS if any(part in name for part in SLOW_PARTS)]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in ROWS])
