@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from detcore.evaluation.curves import AREA_RANGES, CocoCurves
-from detcore.evaluation.matching import candidates_in_chunks
+from detcore.evaluation.matching import candidates_in_chunks, group_starts, place_in_group, shared_area
 from detcore.evaluation.pooling import PooledDetections, PooledTargets, xywh
 
 __all__ = ["numpy_curves"]
@@ -118,23 +118,12 @@ def _best_by_score(
     """
     group = detections.image * num_classes + detections.labels
     order = np.lexsort((-detections.scores, group))
-    rank = _count_from_start(group[order])
+    rank = place_in_group(group[order])
     order, rank = order[rank < limit], rank[rank < limit]
     image, boxes, labels, scores = (
         values[order] for values in (detections.image, detections.boxes, detections.labels, detections.scores)
     )
     return PooledDetections(image, boxes, labels, scores, None, None, detections.num_images), rank
-
-
-def _starts(key: Int[np.ndarray, " n"]) -> Int[np.ndarray, " groups"]:
-    """Where the groups of equal keys begin."""
-    return np.flatnonzero(np.diff(key, prepend=-1))
-
-
-def _count_from_start(key: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The place of every element in its group of equal keys: 0, 1, 2, ..., 0, 1, ..."""
-    start = _starts(key)
-    return np.arange(len(key)) - np.repeat(start, np.diff(start, append=len(key)))
 
 
 def _overlapping_pairs(detections: PooledDetections, targets: PooledTargets, least: float) -> _Pairs:
@@ -143,22 +132,20 @@ def _overlapping_pairs(detections: PooledDetections, targets: PooledTargets, lea
     The operations and their order are those of the C code in pycocotools, for the sake of the last bit: the far
     corners are rounded sums. For a crowd the area of the detection stands in the place of the union.
     """
-    box, other = xywh(detections.boxes), xywh(targets.boxes)
-    area, other_area = box[:, 2] * box[:, 3], other[:, 2] * other[:, 3]
+    (area, box), (other_area, other) = (
+        (side[:, 2] * side[:, 3], np.concatenate([side[:, :2], side[:, :2] + side[:, 2:]], axis=1))
+        for side in (xywh(detections.boxes), xywh(targets.boxes))
+    )
     parts = []
     for d, t in candidates_in_chunks(detections, targets, np.arange(len(targets.image)), class_aware=True):
-        width, height = (
-            np.minimum(box[d, i] + box[d, i + 2], other[t, i] + other[t, i + 2]) - np.maximum(box[d, i], other[t, i])
-            for i in (0, 1)
-        )
-        shared = np.where((width > 0) & (height > 0), width * height, 0.0)
+        shared = shared_area(box, d, other, t)
         whole = np.where(targets.crowd[t], area[d], area[d] + other_area[t] - shared)
         overlap = np.divide(shared, whole, out=np.zeros(len(d)), where=shared > 0)
         near = overlap >= least
         parts.append((d[near], t[near], overlap[near]))
     none = np.zeros(0, dtype=np.int64)
     detection, target, overlap = (np.concatenate(each) for each in zip((none, none, np.zeros(0)), *parts, strict=True))
-    start = _starts(detection)
+    start = group_starts(detection)
     return _Pairs(detection[start], start, np.diff(start, append=len(detection)), target, overlap)
 
 
@@ -169,7 +156,7 @@ def _rounds(
 
     With them how many have a first object, a second, and so on.
     """
-    place = _count_from_start(group)
+    place = place_in_group(group)
     order = np.lexsort((-count, place))
     sizes = np.bincount(place)
     ends = np.cumsum(sizes)

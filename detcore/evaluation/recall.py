@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from detcore.evaluation.matching import pairs_in_chunks
+from detcore.evaluation.matching import pairs_in_chunks, place_in_group
 from detcore.evaluation.pooling import (
     PooledDetections,
     PooledTargets,
@@ -244,8 +244,7 @@ def _best_of_image(found: PooledDetections, limit: int | None) -> Bool[np.ndarra
     keep = np.full(len(found.image), True)
     if limit is not None:
         order = np.lexsort((-found.scores, found.image))  # stable
-        first = np.searchsorted(found.image, found.image)  # images ascend
-        keep[order] = np.arange(len(order)) - first[order] < limit
+        keep[order] = place_in_group(found.image[order]) < limit
     return keep
 
 
