@@ -171,8 +171,9 @@ def test_value_alone_is_the_same_and_keeps_nothing(name):
     batch = a_batch()
     value = loss_of(name, {}, *batch)
     assert not value.requires_grad
-    with torch.no_grad():
+    with torch.no_grad(), LaunchCounter() as counter:
         again = loss_of(name, {}, batch[0].requires_grad_(), *batch[1:])
+    assert "addcmul_" not in counter.launches
     with_gradient = loss_of(name, {}, *batch)
     assert value.equal(again)
     assert value.equal(with_gradient.detach())
