@@ -24,6 +24,7 @@ from benchmarks.cases import CASES, Case, Maps
 from benchmarks.matching import matching_rows
 from benchmarks.synthetic import objects, pictures
 from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
+from detcore import kernels
 from detcore.boxes import pairwise_iou
 from detcore.structures import Priors, pad_targets, to_dicts
 
@@ -84,8 +85,17 @@ def prepared(model: nn.Module, precision: str) -> nn.Module:
 # --- assignment and loss
 
 
-def loss_row(case: Case, setting: Setting) -> Row:
-    """Assignment and loss, forward and back to the head's outputs; decoding is part of it where the loss needs it."""
+FORMS = {"kernels": contextlib.nullcontext, "compiled kernels": kernels.compiled, "plain": kernels.disable}
+
+
+def loss_row(case: Case, setting: Setting, *, form: str = "kernels") -> Row:
+    """Assignment and loss, forward and back to the head's outputs; decoding is part of it where the loss needs it.
+
+    Args:
+        case: the detector.
+        setting: of the benchmark.
+        form: which of our functions run, one of ``FORMS``.
+    """
     size = case.side(setting.size)
     theirs, ours = case.both(size, setting.num_classes, setting.backbone)
     priors = case.priors(ours, size)
@@ -94,20 +104,25 @@ def loss_row(case: Case, setting: Setting) -> Row:
     maps = case.random_maps((setting.batch, sum(priors.counts)), setting.num_classes)
     their_maps = {name: value.detach().requires_grad_() for name, value in case.as_theirs(maps).items()}
 
-    def back(losses: list[Tensor], maps: Maps) -> tuple[list[Tensor], Maps]:
+    def forget(maps: Maps) -> None:
         for value in maps.values():
             value.grad = None
+
+    def back(losses: list[Tensor], maps: Maps) -> tuple[list[Tensor], Maps]:
         sum(losses).backward()
         return [loss.detach() for loss in losses], {name: value.grad for name, value in maps.items()}
 
     def by_torchvision(images: slice = slice(None)):
+        forget(their_maps)
         own = {name: value[images] for name, value in their_maps.items()}
         return back(case.their_losses(theirs, their_targets[images], own, priors), their_maps)
 
     def by_detcore():
+        forget(maps)
         pred = case.predictions(ours, maps, priors, decode=case.loss_reads_boxes)
-        match = ours.match(priors, padded)
-        return back([ours.losses[name][0] * ours.losses[name][1](pred, match) for name in case.terms], maps)
+        with FORMS[form]():
+            match = ours.match(priors, padded)
+            return back([ours.losses[name][0] * ours.losses[name][1](pred, match) for name in case.terms], maps)
 
     def check() -> None:
         wanted, wanted_grads = by_torchvision()
@@ -124,7 +139,9 @@ def loss_row(case: Case, setting: Setting) -> Row:
         assert_close(losses, wanted, rtol=1e-5, atol=0.0)
         assert_close(case.as_theirs(grads), wanted_grads, rtol=1e-4, atol=1e-9)
 
-    name = f"{case.title}: assignment + loss, forward and backward, B={setting.batch}"
+    kind = "assignment + loss, forward and backward" + ("" if form == "kernels" else f", {form}")
+    kind += ", large pictures" if setting.size == setting.large else ""
+    name = f"{case.title}: {kind}, B={setting.batch}"
     return Row(name, check, by_torchvision, by_detcore)
 
 
@@ -323,6 +340,9 @@ def rows(setting: Setting) -> dict[str, Callable[[], Row]]:
             postprocess_row, case, setting, last, trained=False
         )
     large = replace(setting, size=setting.large)
+    made["retinanet-loss-large"] = functools.partial(loss_row, CASES["retinanet"], large)
+    made["retinanet-loss-compiled"] = functools.partial(loss_row, CASES["retinanet"], setting, form="compiled kernels")
+    made["retinanet-loss-plain"] = functools.partial(loss_row, CASES["retinanet"], setting, form="plain")
     made["retinanet-postprocess-large"] = functools.partial(postprocess_row, CASES["retinanet"], large, 1)
     made |= matching_rows(
         size=setting.size,
