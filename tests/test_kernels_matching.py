@@ -396,6 +396,7 @@ ONE_LEVEL = AnchorGenerator([8], scales=[1.0], ratios=[1.0])([torch.zeros(1, 1, 
         replace(anchors((64, 64)), boxes=anchors((64, 64)).boxes.repeat(2, 1, 1)),  # each image's own
         replace(anchors((64, 64)), boxes=anchors((64, 64)).boxes + torch.rand(1, 774, 4)),  # moved
         replace(anchors((64, 64)), boxes=anchors((64, 64)).boxes ** 2 / 99),  # columns and rows, but no steps
+        replace(ONE_LEVEL, boxes=ONE_LEVEL.boxes + torch.tensor([500.0, 0, 500, 0]) * (ONE_LEVEL.cells[:, :1] == 56)),
         replace(ONE_LEVEL, boxes=ONE_LEVEL.boxes.flip(1)),  # from the last row and column to the first
         replace(anchors((64, 64)), cells=torch.rand(774, 2)),
         replace(anchors((64, 64)), cells=-anchors((64, 64)).cells),
