@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import evaluation, timing
+from benchmarks import evaluation, timing, transport
 
 
 @pytest.mark.parametrize("engine", evaluation.ENGINES)
@@ -77,3 +77,14 @@ def test_peak_memory_grows_with_what_is_held_and_does_not_fall():
     assert block.sum() > 0
     del block
     assert timing.peak_memory() >= peak
+
+
+# --- transport
+
+
+def test_both_ways_through_a_loader_bring_the_same_pictures():
+    setting = {"pictures": 10, "size": 32, "objects": 3, "batch": 4, "workers": 0}
+    transport.transport_row(setting).check()
+    before = transport.both_processes()
+    assert sum(range(10**6)) > 0
+    assert transport.both_processes() > before
