@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detcore.priors import PriorGenerator
 from detcore.structures import Priors
 
-__all__ = ["CachedPriors", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
+__all__ = ["CachedPriors", "PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 M = TypeVar("M", bound=nn.Module)
@@ -79,6 +79,9 @@ def ready_to_detect(detector: M, *, precision: Precision = "auto") -> M:
     device = next((p.device for p in ready.parameters()), torch.device("cpu"))
     if (best_precision(device) if precision == "auto" else precision) == "bf16":
         ready.to(torch.bfloat16)
+    for module in ready.modules():
+        if type(module) is nn.Conv2d and device.type == "cpu":
+            module.__class__ = PackedConv2d
     if not isinstance(ready.priors, CachedPriors):
         ready.priors = CachedPriors(ready.priors)
     return ready
@@ -137,6 +140,49 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             conv, norm = getattr(parent, first), getattr(parent, second)
             if type(conv) in (nn.Conv2d, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
                 yield parent, first, second
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution that keeps its weights as oneDNN wants them, where plain ones are rearranged in every call.
+
+    Elsewhere than on a processor, in a compiled graph, under autocast and where gradients are wanted it is a plain one.
+
+    Example:
+        >>> conv, x = PackedConv2d(2, 3, 1).requires_grad_(False), torch.ones(1, 2, 4, 4)
+        >>> bool((conv(x) - nn.Conv2d.forward(conv, x)).abs().max() < 1e-6)
+        True
+    """
+
+    _packed: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of ``x``."""
+        if not self._is_packable(x):
+            return super().forward(x)
+        shape = (self.padding, self.stride, self.dilation, self.groups)
+        made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
+        if self._packed is None or self._packed[0] != made_of:
+            self._packed = (made_of, torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, []))
+        return torch.ops.mkldnn._convolution_pointwise(x, self._packed[1], self.bias, *shape, "none", [], "")
+
+    def _is_packable(self, x: Tensor) -> bool:
+        is_plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        return (
+            is_plain
+            and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+            and torch.backends.mkldnn.enabled
+            and x.dtype == self.weight.dtype
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and x.ndim == 4
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and not self.weight.is_inference()
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+        )
+
+    def __getstate__(self) -> dict:
+        """Without the packed weights, which can be neither copied nor saved."""
+        return {key: value for key, value in vars(self).items() if key != "_packed"}
 
 
 class CachedPriors(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from detcore.inference import CachedPriors, best_precision, fold_batch_norm
+from detcore.inference import CachedPriors, PackedConv2d, best_precision, fold_batch_norm
 from detcore.models import get_model
 from detcore.nn import FixedBatchNorm2d
 from detcore.priors import AnchorGenerator
@@ -188,6 +188,53 @@ def test_pairs_that_others_use_or_watch_stay():
         fold_batch_norm(block)
         assert len(norms(block)) == left
         assert_close(block(x), wanted, rtol=0, atol=0)
+
+
+# --- packed weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["single", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"groups": 4}, {"groups": 8}, {"dilation": 2}, {"stride": 2}, {"padding": "same"}],
+    ids=str,
+)
+def test_packed_convolution_computes_the_same(options, dtype):
+    plain = nn.Conv2d(8, 16, 3, **{"padding": 1, **options}).requires_grad_(False)
+    plain = plain.to(dtype, memory_format=torch.channels_last)
+    packed = copy.deepcopy(plain)
+    packed.__class__ = PackedConv2d
+    for shape in ((2, 8, 9, 7), (1, 8, 3, 3), (0, 8, 5, 5)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            assert_close(packed(x), plain(x), rtol=tolerance, atol=tolerance)
+
+
+def test_packed_weights_follow_the_weights():
+    conv, x = PackedConv2d(8, 8, 3).requires_grad_(False), torch.randn(1, 8, 6, 6)
+    first = conv(x)
+    conv.weight.mul_(2)
+    conv.bias.zero_()
+    assert_close(conv(x), nn.Conv2d.forward(conv, x))
+    assert not conv(x).equal(first)
+    twin = copy.deepcopy(conv)
+    assert twin._packed is None
+    assert_close(twin.bfloat16()(x.bfloat16()), nn.Conv2d.forward(twin, x.bfloat16()))
+
+
+def test_packed_convolution_leaves_gradients_and_autocast_to_the_plain_one():
+    conv, x = PackedConv2d(8, 8, 3), torch.randn(1, 8, 6, 6)
+    conv(x).sum().backward()
+    assert conv.weight.grad.abs().sum() > 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+
+
+def test_weights_are_packed_on_processors():
+    ready = small("retinanet").optimize_for_inference(precision="fp32")
+    ready.predict(torch.rand(1, 3, 64, 64))
+    assert all(m._packed is not None for m in ready.modules() if isinstance(m, nn.Conv2d))
 
 
 # --- priors
