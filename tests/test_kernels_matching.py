@@ -347,6 +347,18 @@ def test_images_of_different_sizes(fast, public, make, seed):
     both(fast, public, replace(make(size), cells=None), targets)
 
 
+def test_object_that_only_touches_priors_owns_none():
+    priors = AnchorGenerator([8], scales=[1.0], ratios=[1.0])([torch.zeros(1, 1, 8, 8)], (64, 64))
+    assert priors.boxes[0, -1].tolist() == [40, 40, 72, 72]
+    for box in ([72.0, 10, 80, 30], [10.0, -40, 20, -16]):
+        targets = targets_of(([box], [1]), dtype=torch.float32)
+        for force_match in ("object", "prior"):
+            wanted = both(matching.max_iou_assign, max_iou_assign, priors, targets, force_match=force_match)
+            assert wanted.negative.all()
+        for rule in ("override", "bipartite"):
+            assert both(ssd_matching.ssd_assign, ssd_assign, priors, targets, rule=rule).negative.all()
+
+
 def test_object_best_served_beyond_the_padding():
     # no cell of the finest level is in the picture: the object has its best prior on the next
     priors = anchors((64, 64))
