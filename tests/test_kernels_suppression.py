@@ -252,3 +252,29 @@ def test_gradients_are_left_to_the_plain_form(name):
     assert not suppression.applies(class_score(with_gradient), with_gradient, sizes_of(pred))
     SELECTORS[name](class_score(with_gradient), with_gradient, sizes_of(pred)).boxes.sum().backward()
     assert boxes.grad.abs().sum() > 0
+
+
+@EVERY_SELECTOR
+def test_second_best_class_of_a_good_prior_waits_for_other_priors(name, monkeypatch):
+    # four priors are tried first; their second classes would fill the slots of the next four priors
+    monkeypatch.setattr(suppression, "_ROWS", 4)
+    pred = raw(batch=1, classes=2, counts=(8,))
+    left = torch.arange(8.0)[:, None] * 20
+    pred.boxes[0] = torch.cat([left, torch.zeros(8, 1), left + 10, torch.full((8, 1), 10.0)], dim=-1)
+    pred.logits[0] = torch.tensor([[3.0, -2.0]] * 4 + [[1.0, -9.0]] * 4)
+    found = assert_twins(name, class_score(pred), pred, score_threshold=0.0, max_detections=8)
+    assert found.prior[0].tolist() == list(range(8))
+
+
+@EVERY_SELECTOR
+def test_candidates_are_counted_among_the_first_tried(name, monkeypatch):
+    # three of one group are better than the fourth, which is not wanted any more; the fifth is of another group
+    monkeypatch.setattr(suppression, "_ROWS", 5)
+    pred = raw(batch=1, classes=2, counts=(4, 6))
+    left = torch.arange(10.0)[:, None] * 15
+    pred.boxes[0] = torch.cat([left, torch.zeros(10, 1), left + 10, torch.full((10, 1), 10.0)], dim=-1)
+    pred.logits[0] = -9.0
+    pred.logits[0, :4, 0] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    pred.logits[0, 4:, 1] = torch.linspace(0.5, -1.0, 6)
+    found = assert_twins(name, class_score(pred), pred, candidates=3, max_detections=4)
+    assert found.prior[0].tolist() == [0, 1, 2, 4]
