@@ -108,6 +108,15 @@ def test_too_few_survivors_are_noticed(name, monkeypatch, as_on_gpu):
 
 
 @EVERY_SELECTOR
+def test_equal_scores_at_the_edge_are_left_to_the_second_try(name, monkeypatch, as_on_gpu):
+    monkeypatch.setattr(fixed_rounds, "_PAIRS", 10)
+    pred = raw(batch=1)
+    pred.logits.zero_()
+    assert_twins(name, class_score(pred), pred, max_detections=5)
+    assert as_on_gpu == [False]  # any ten of all could be the best ten
+
+
+@EVERY_SELECTOR
 def test_too_few_rounds_are_noticed(name, as_on_gpu):
     # forty boxes in a row, each overlapping the next alone: every second one stays, and that takes a round each
     pred = raw(batch=1, classes=1, counts=(40,))
