@@ -123,6 +123,11 @@ def test_page_is_small(name):
 
 
 @each_page(WRITTEN)
+def test_tables_that_cells_print_are_tables(name):
+    assert re.findall(r"<p>\|[^<]{0,60}", read(name)[0]) == []
+
+
+@each_page(WRITTEN)
 def test_every_picture_has_a_text(name):
     _, links = read(name)
     # matplotlib's and MyST-NB's own default texts name a file, not what is to be seen
