@@ -460,6 +460,23 @@ def test_boxes_are_distributed_as_those_of_the_torchvision_at_hand(name):
         assert worst_difference(theirs, golden(name)) < LIMIT
 
 
+def test_only_objects_that_are_kept_hold_a_window_of_torchvision():
+    # IoU 1/4 with the window, centre outside; and a small one inside
+    boxes, window = np.array([[60.0, 0.0, 120.0, 100.0], [10.0, 10.0, 14.0, 14.0]]), np.array([[0.0, 0.0, 80.0, 100.0]])
+    assert SsdCrop(96)._good(window, boxes, 0.1).tolist() == [True]
+    assert SsdCrop(96, rule="torchvision")._good(window, boxes, 0.1).tolist() == [False]
+    assert SsdCrop(96, rule="torchvision")._good(window, boxes, 0.0).tolist() == [True]
+    assert SsdCrop(96, rule="torchvision")._good(window, boxes[:1], 0.0).tolist() == [False]
+
+
+def test_a_way_that_failed_may_be_drawn_again_for_torchvision(monkeypatch):
+    drawn = iter([6, 6, 6, 0])  # no window reaches 0.9 of so small an object; then the whole canvas
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(next(drawn)))
+    window = SsdCrop(96, rule="torchvision").window(torch.tensor([[5.0, 5.0, 9.0, 9.0]]), CANVAS)
+    assert window.tolist() == CANVAS.tolist()
+    assert list(drawn) == []
+
+
 def smooth_picture():
     torch.manual_seed(0)
     coarse = torch.randint(256, (1, 3, 6, 8)).float()
