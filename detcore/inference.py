@@ -18,7 +18,7 @@ from detcore.structures import Priors
 __all__ = ["CachedPriors", "PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
 
 Precision = Literal["auto", "fp32", "bf16"]
-M = TypeVar("M", bound=nn.Module)
+_M = TypeVar("_M", bound=nn.Module)
 
 _KEPT = 16  # shapes of a batch whose priors are remembered
 
@@ -47,7 +47,7 @@ def _cpu_has_amx() -> bool:
     return flags.exists() and " amx_bf16" in flags.read_text(encoding="utf-8")
 
 
-def ready_to_detect(detector: M, *, precision: Precision = "auto") -> M:
+def ready_to_detect(detector: _M, *, precision: Precision = "auto") -> _M:
     """See :meth:`detcore.detector.DenseDetector.optimize_for_inference`.
 
     Example:

@@ -13,7 +13,7 @@ from detcore.structures import Predictions, Priors
 
 __all__ = ["RowScores", "Scorer", "Scores", "by_rows"]
 
-P = ParamSpec("P")
+_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class RowScores(Scores):
 
 def by_rows(
     *, has_background: bool = False
-) -> Callable[[Callable[Concatenate[Predictions, P], Scores]], Callable[Concatenate[Predictions, P], Scores]]:
+) -> Callable[[Callable[Concatenate[Predictions, _P], Scores]], Callable[Concatenate[Predictions, _P], Scores]]:
     """Let the scores of a scorer wait, and a selection read those of a few priors.
 
     The scorer must judge each prior by itself and never score a higher logit lower. It is tried on no priors at
@@ -140,9 +140,9 @@ def by_rows(
         tensor([[[0.2500]]])
     """
 
-    def join(scorer: Callable[Concatenate[Predictions, P], Scores]) -> Callable[Concatenate[Predictions, P], Scores]:
+    def join(scorer: Callable[Concatenate[Predictions, _P], Scores]) -> Callable[Concatenate[Predictions, _P], Scores]:
         @functools.wraps(scorer)
-        def waiting(pred: Predictions, *args: P.args, **kwargs: P.kwargs) -> Scores:
+        def waiting(pred: Predictions, *args: _P.args, **kwargs: _P.kwargs) -> Scores:
             chosen = functools.partial(scorer, *args, **kwargs)
             chosen(_taken(pred, lambda values: values[:, :0]))
             return RowScores.waiting(chosen, pred, has_background=has_background)

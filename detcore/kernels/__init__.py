@@ -15,8 +15,8 @@ import torch
 
 __all__ = ["accelerated", "compiled", "disable", "enabled", "uses_compiled"]
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _NAME = "DETCORE_KERNELS"
 _switch = {"on": os.environ.get(_NAME, "1") != "0", "compiled": os.environ.get(_NAME) == "compiled"}
@@ -83,7 +83,7 @@ def uses_compiled() -> bool:
     return _switch["compiled"]
 
 
-def accelerated(fast: Callable[P, R], *, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def accelerated(fast: Callable[_P, _R], *, when: Callable[_P, bool]) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Call ``fast`` instead of the decorated function, where it applies.
 
     A compiler is always given the plain function: it fuses by itself, and sees one graph.
@@ -103,9 +103,9 @@ def accelerated(fast: Callable[P, R], *, when: Callable[P, bool]) -> Callable[[C
         (6, 'abab', 6)
     """
 
-    def join(plain: Callable[P, R]) -> Callable[P, R]:
+    def join(plain: Callable[_P, _R]) -> Callable[_P, _R]:
         @functools.wraps(plain)
-        def choose(*args: P.args, **kwargs: P.kwargs) -> R:
+        def choose(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             usable = enabled() and not torch.compiler.is_compiling() and when(*args, **kwargs)
             return (fast if usable else plain)(*args, **kwargs)
 
