@@ -13,7 +13,7 @@ from detcore.inference import Precision, ready_to_detect
 from detcore.losses.terms import LossTerm
 from detcore.nn.inputs import ImageInput
 from detcore.postprocess import Selector
-from detcore.priors import PriorGenerator
+from detcore.priors import CachedPriors, PriorGenerator
 from detcore.scoring import Scorer
 from detcore.structures import Assignment, Detections, Predictions, Priors, Targets, pad_targets, to_dicts
 
@@ -53,7 +53,7 @@ class DenseDetector(nn.Module):
     Args:
         body: images to a list of feature maps; or to a pair, that list and what becomes of
             :attr:`~detcore.structures.Predictions.aside`.
-        priors: feature maps and (height, width) of the batch to priors.
+        priors: feature maps and (height, width) of the batch to priors; those of the last few shapes are kept.
         head: feature maps and priors to predictions.
         num_classes: C; labels are 0..C-1.
         assign: priors and targets to an assignment.
@@ -95,7 +95,8 @@ class DenseDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = inputs or ImageInput()
-        self.body, self.priors, self.head = body, priors, head
+        self.body, self.head = body, head
+        self.priors = priors if isinstance(priors, CachedPriors) else CachedPriors(priors)
         self.num_classes, self.spec = num_classes, dict(spec)
         self.assign, self.score, self.select = assign, score, select
         self.losses = {name: term if isinstance(term, tuple) else (1.0, term) for name, term in losses.items()}
@@ -131,7 +132,7 @@ class DenseDetector(nn.Module):
         """A copy that detects the same in less time; this one stays as it is.
 
         In evaluation mode, weights without gradients and channels last in memory, each batch norm folded into the
-        convolution before it, priors remembered. For more, compile what it predicts with:
+        convolution before it. For more, compile what it predicts with:
         ``ready.predict = torch.compile(ready.predict)``.
 
         Args:

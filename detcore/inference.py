@@ -1,7 +1,7 @@
 """A trained detector made ready to detect: the same network with less to compute."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -12,15 +12,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from detcore.priors import PriorGenerator
-from detcore.structures import Priors
-
-__all__ = ["CachedPriors", "PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
+__all__ = ["PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 _M = TypeVar("_M", bound=nn.Module)
-
-_KEPT = 16  # shapes of a batch whose priors are remembered
 
 
 def best_precision(device: torch.device | str = "cpu") -> str:
@@ -82,8 +77,6 @@ def ready_to_detect(detector: _M, *, precision: Precision = "auto") -> _M:
     for module in ready.modules():
         if type(module) is nn.Conv2d and device.type == "cpu":
             module.__class__ = PackedConv2d
-    if not isinstance(ready.priors, CachedPriors):
-        ready.priors = CachedPriors(ready.priors)
     return ready
 
 
@@ -183,41 +176,3 @@ class PackedConv2d(nn.Conv2d):
     def __getstate__(self) -> dict:
         """Without the packed weights, which can be neither copied nor saved."""
         return {key: value for key, value in vars(self).items() if key != "_packed"}
-
-
-class CachedPriors(nn.Module):
-    """A generator that remembers the priors of the last few shapes; in a compiled graph they are constants anyway.
-
-    Args:
-        generator: what makes them. Its other attributes are this one's too.
-
-    Example:
-        >>> from detcore.priors import PointGenerator
-        >>> priors, maps = CachedPriors(PointGenerator([8])), [torch.zeros(1, 4, 2, 2)]
-        >>> priors(maps, (16, 16)) is priors(maps, (16, 16)), priors.strides
-        (True, (8,))
-    """
-
-    def __init__(self, generator: PriorGenerator) -> None:
-        super().__init__()
-        self.generator = generator
-        self.known: dict[tuple, Priors] = {}
-
-    def __getattr__(self, name: str):
-        """Of the generator, where this module has none of that name."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("generator"), name)
-
-    def forward(self, features: Sequence[Tensor], image_size: tuple[int, int]) -> Priors:
-        """Priors of the maps ``features`` of a batch of images of ``image_size`` (height, width)."""
-        if torch.compiler.is_compiling():
-            return self.generator(features, image_size)
-        key = (*((feature.shape[-2:], feature.device) for feature in features), tuple(image_size))
-        if key not in self.known:
-            while len(self.known) >= _KEPT:
-                self.known.pop(next(iter(self.known)))
-            with torch.inference_mode(False):  # they may be used again where gradients are wanted
-                self.known[key] = self.generator(features, image_size)
-        return self.known[key]

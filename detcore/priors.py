@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from detcore.structures import Priors
 
-__all__ = ["AnchorGenerator", "PointGenerator", "PriorGenerator"]
+__all__ = ["AnchorGenerator", "CachedPriors", "PointGenerator", "PriorGenerator"]
 
 AnchorStyle = Literal["exact", "mmdet0", "torchvision"]
 PointStyle = Literal["half", "torchvision"]
+
+_KEPT = 16  # shapes of a batch whose priors are remembered
 
 
 @runtime_checkable
@@ -172,6 +174,47 @@ class PointGenerator(nn.Module):
             boxes.append(torch.cat([point - stride / 2, point + stride / 2], dim=-1))
             cells.append(begin)
         return Priors(torch.cat(boxes)[None], tuple(len(b) for b in boxes), torch.cat(cells), maps_of(features))
+
+
+class CachedPriors(nn.Module):
+    """A generator that remembers the priors of the last few shapes; in a compiled graph they are constants anyway.
+
+    Args:
+        generator: what makes them. Its other attributes are this one's too.
+
+    Example:
+        >>> priors, maps = CachedPriors(PointGenerator([8])), [torch.zeros(1, 4, 2, 2)]
+        >>> priors(maps, (16, 16)) is priors(maps, (16, 16)), priors.strides
+        (True, (8,))
+    """
+
+    def __init__(self, generator: PriorGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+        self.known: dict[tuple, Priors] = {}
+
+    def __getattr__(self, name: str):
+        """Of the generator, where this module has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("generator"), name)
+
+    def forward(self, features: Sequence[Tensor], image_size: tuple[int, int]) -> Priors:
+        """Priors of the maps ``features`` of a batch of images of ``image_size`` (height, width)."""
+        if torch.compiler.is_compiling():
+            return self.generator(features, image_size)
+        key = (*((feature.shape[-2:], feature.device) for feature in features), tuple(image_size))
+        if key not in self.known:
+            while len(self.known) >= _KEPT:
+                self.known.pop(next(iter(self.known)))
+            with torch.inference_mode(False):  # they may be used again where gradients are wanted
+                self.known[key] = self.generator(features, image_size)
+        return self.known[key]
+
+    def __getstate__(self) -> dict:
+        """Without what is remembered, which copies and files need not carry."""
+        return {**vars(self), "known": {}}
 
 
 def maps_of(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:

@@ -9,10 +9,9 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from detcore.inference import CachedPriors, PackedConv2d, best_precision, fold_batch_norm
+from detcore.inference import PackedConv2d, best_precision, fold_batch_norm
 from detcore.models import get_model
 from detcore.nn import FixedBatchNorm2d
-from detcore.priors import AnchorGenerator
 from detcore.structures import to_dicts
 from tests.samples import no_hook
 from tests.test_models import redraw
@@ -235,41 +234,6 @@ def test_weights_are_packed_on_processors():
     ready = small("retinanet").optimize_for_inference(precision="fp32")
     ready.predict(torch.rand(1, 3, 64, 64))
     assert all(m._packed is not None for m in ready.modules() if isinstance(m, nn.Conv2d))
-
-
-# --- priors
-
-
-def test_cached_priors_are_those_of_the_generator():
-    generator = AnchorGenerator([8, 16])
-    cached = CachedPriors(generator)
-    shapes = [([4, 4], [2, 2], (32, 32)), ([4, 6], [2, 3], (32, 48)), ([4, 4], [2, 2], (32, 30))]
-    for _ in range(2):
-        for fine, coarse, size in shapes:
-            maps = [torch.zeros(1, 2, *fine), torch.zeros(1, 2, *coarse)]
-            assert cached(maps, size).boxes.equal(generator(maps, size).boxes)
-            assert cached(maps, size) is cached(maps, size)
-    assert len(cached.known) == 3
-    assert cached.num_priors == 9
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = cached.nothing
-
-
-def test_cached_priors_forget_the_oldest():
-    cached = CachedPriors(AnchorGenerator([8]))
-    for width in range(40):
-        cached([torch.zeros(1, 2, 1, width + 1)], (8, 8 * width + 8))
-    assert len(cached.known) == 16
-    assert [shape[1] for (shape, _), _ in cached.known][-1] == 40
-
-
-def test_priors_cached_in_inference_mode_serve_gradients_later():
-    cached, maps = CachedPriors(AnchorGenerator([8])), [torch.zeros(1, 2, 2, 2)]
-    with torch.inference_mode():
-        cached(maps, (16, 16))
-    x = torch.ones(1, requires_grad=True)
-    (cached(maps, (16, 16)).boxes * x).sum().backward()
-    assert x.grad.isfinite().all()
 
 
 # --- what it refuses

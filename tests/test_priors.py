@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator as Torchvi
 from torchvision.models.detection.image_list import ImageList
 
 from detcore.boxes import area
-from detcore.priors import AnchorGenerator, PointGenerator, PriorGenerator
+from detcore.priors import AnchorGenerator, CachedPriors, PointGenerator, PriorGenerator
 from tests import reference
 from tests.samples import FAST, no_hook
 
@@ -198,3 +199,46 @@ def test_point_generator_names_what_is_wrong(options, message):
 def test_point_generator_wants_a_map_a_stride():
     with pytest.raises(ValueError, match="features must be 5 maps, one a stride; got 2"):
         PointGenerator()(features_of([(4, 4), (2, 2)]), (32, 32))
+
+
+# --- remembered priors
+
+
+def test_cached_priors_are_those_of_the_generator():
+    generator = AnchorGenerator([8, 16])
+    cached = CachedPriors(generator)
+    shapes = [([4, 4], [2, 2], (32, 32)), ([4, 6], [2, 3], (32, 48)), ([4, 4], [2, 2], (32, 30))]
+    for _ in range(2):
+        for fine, coarse, size in shapes:
+            maps = [torch.zeros(1, 2, *fine), torch.zeros(1, 2, *coarse)]
+            assert cached(maps, size).boxes.equal(generator(maps, size).boxes)
+            assert cached(maps, size) is cached(maps, size)
+    assert len(cached.known) == 3
+    assert cached.num_priors == 9
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = cached.nothing
+
+
+def test_cached_priors_forget_the_oldest():
+    cached = CachedPriors(AnchorGenerator([8]))
+    for width in range(40):
+        cached([torch.zeros(1, 2, 1, width + 1)], (8, 8 * width + 8))
+    assert len(cached.known) == 16
+    assert [shape[1] for (shape, _), _ in cached.known][-1] == 40
+
+
+def test_priors_cached_in_inference_mode_serve_gradients_later():
+    cached, maps = CachedPriors(AnchorGenerator([8])), [torch.zeros(1, 2, 2, 2)]
+    with torch.inference_mode():
+        cached(maps, (16, 16))
+    x = torch.ones(1, requires_grad=True)
+    (cached(maps, (16, 16)).boxes * x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_copies_of_cached_priors_start_empty():
+    cached, maps = CachedPriors(AnchorGenerator([8])), [torch.zeros(1, 2, 2, 2)]
+    priors = cached(maps, (16, 16))
+    twin = copy.deepcopy(cached)
+    assert (len(cached.known), len(twin.known)) == (1, 0)
+    assert twin(maps, (16, 16)).boxes.equal(priors.boxes)
