@@ -24,7 +24,7 @@ from detcore.cli.detectors import (
 )
 from detcore.cli.evaluate import format_numbers
 from detcore.cli.options import Common, Flag, Pairs, is_shown, read_pairs, write_json
-from detcore.data import DetectionDataset
+from detcore.data import DetectionDataset, size_buckets
 from detcore.data.loader import make_loader
 from detcore.evaluation import CocoEvaluator, evaluate
 from detcore.models import get_model
@@ -92,7 +92,7 @@ class Train(Common):
         size: warp pictures to this many pixels square, cached in memory (on the GPU if there is one); default in the
             SSD family: what the model was made for.
         short_side: resize pictures so that their short side has this many pixels; default: 800, and
-            scenes as they are.
+            scenes as they are. Pictures of like shape share a batch, in one of four sizes.
         long_side: limit of the long side, in pixels; default: short side x 1333 / 800.
         batch_size: pictures a step and process.
         workers: processes that load pictures; with --size, threads that fill the cache.
@@ -241,8 +241,10 @@ class Train(Common):
             options |= {"threads": self.workers, "difficult": self.difficult, "flip": flip, "device": state.device}
             return cached_loader(dataset, pictures, **options)
         transform = transform_for(pictures, augment=self.augment, difficult=self.difficult)
-        multiple = pictures.get("multiple", 32)
-        return make_loader(dataset, transform, num_workers=self.workers, multiple=multiple, **options)
+        multiple, buckets = pictures.get("multiple", 32), None
+        if "short_side" in pictures:
+            buckets = size_buckets(dataset, pictures["short_side"], pictures["long_side"], multiple=multiple)
+        return make_loader(dataset, transform, num_workers=self.workers, multiple=multiple, buckets=buckets, **options)
 
 
 class _Judge:

@@ -1,6 +1,7 @@
 """Pictures with boxes: PASCAL VOC, MS COCO, files in its format, and synthetic scenes."""
 
 from detcore.data.archives import download
+from detcore.data.buckets import Buckets, size_buckets
 from detcore.data.coco import CocoDetection
 from detcore.data.dataset import DataError, DetectionDataset
 from detcore.data.fetch import DownloadError
@@ -30,6 +31,7 @@ __all__ = [
     "VOC_CLASSES",
     "AnnotatedPictures",
     "Batch",
+    "Buckets",
     "CachedDataset",
     "CachedLoader",
     "CocoDetection",
@@ -47,6 +49,7 @@ __all__ = [
     "make_loader",
     "open_dataset",
     "retinanet_transform",
+    "size_buckets",
     "square_transform",
     "ssd_transform",
 ]

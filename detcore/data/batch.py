@@ -58,16 +58,23 @@ class Batch:
         return Batch(targets=targets, **pinned)
 
 
-def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]], *, multiple: int = 32) -> Batch:
+def collate(
+    samples: Sequence[tuple[Tensor, Mapping[str, Any]]],
+    *,
+    multiple: int = 32,
+    canvases: Sequence[tuple[int, int]] = (),
+) -> Batch:
     """Stack samples of any sizes into one batch.
 
-    Height and width are the largest of the samples, rounded up to ``multiple``. Objects flagged
+    Height and width are those of the smallest of ``canvases`` that holds every sample; where there is none, the
+    largest of the samples, rounded up to ``multiple``. Objects flagged
     ``ignore`` or ``iscrowd`` are left out, as :func:`detcore.structures.pad_targets` does.
 
     Args:
         samples: pairs (image uint8 (3, h, w), target); the target needs ``boxes``, ``labels``
             and ``image_id``, and may have ``original_size`` and ``index``.
         multiple: of height and width, >= 1; 32 is the stride of a trunk's last level.
+        canvases: (height, width) in pixels that batches should have, multiples of it.
 
     Raises:
         ValueError: if there is no sample, or a box or label is wrong; the message names the image id.
@@ -83,7 +90,7 @@ def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]], *, multiple: in
     images = [image.as_subclass(Tensor) for image, _ in samples]
     targets = [target for _, target in samples]
     sizes = torch.tensor([image.shape[-2:] for image in images])
-    height, width = (-(-side // multiple) * multiple for side in sizes.amax(0).tolist())
+    height, width = _batch_size(sizes.amax(0).tolist(), multiple, canvases)
     canvas = empty_canvas(len(images), height, width, filled=bool((sizes != torch.tensor([height, width])).any()))
     for slot, image in zip(canvas, images, strict=True):
         slot[:, : image.shape[1], : image.shape[2]] = image
@@ -95,6 +102,12 @@ def collate(samples: Sequence[tuple[Tensor, Mapping[str, Any]]], *, multiple: in
         original_sizes=stack_original_sizes(targets, sizes),
         indices=torch.tensor([int(target.get("index", -1)) for target in targets]),
     )
+
+
+def _batch_size(largest: Sequence[int], multiple: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    fitting = [(h, w) for h, w in canvases if h >= largest[0] and w >= largest[1]]
+    height, width = (-(-side // multiple) * multiple for side in largest)
+    return min(fitting, key=lambda size: size[0] * size[1], default=(height, width))
 
 
 def empty_canvas(n: int, height: int, width: int, *, filled: bool) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detcore.data.batch import PAD_COLOUR, Batch, collate
+from detcore.data.buckets import Buckets
 from detcore.data.cache import CachedDataset, CachedLoader
 from detcore.data.colours import change_colours, draw_colours
 from detcore.data.sampling import Counted, EpochSampler, Transform, TransformedDataset, mix
@@ -57,6 +58,7 @@ def make_loader(
     world_size: int = 1,
     drop_last: bool = False,
     multiple: int = 32,
+    buckets: Buckets | None = None,
 ) -> Loader:
     """Batches of a dataset, reproducible and resumable.
 
@@ -71,6 +73,8 @@ def make_loader(
         world_size: processes that share the data.
         drop_last: leave out the last incomplete batch; see :class:`EpochSampler`.
         multiple: height and width of a batch are multiples of it.
+        buckets: pictures of one canvas share a batch, which has its size; see
+            :func:`detcore.data.buckets.size_buckets`.
 
     Example:
         >>> from detcore.data.scenes import Scenes
@@ -88,10 +92,11 @@ def make_loader(
             rank=rank,
             world_size=world_size,
             drop_last=drop_last,
+            groups=None if buckets is None else buckets.groups.tolist(),
         ),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        collate_fn=partial(collate, multiple=multiple),
+        collate_fn=partial(collate, multiple=multiple, canvases=buckets.canvases if buckets else ()),
         pin_memory=torch.cuda.is_available(),
         # Workers' seeds would otherwise be drawn from the global generator, one draw a pass, and
         # a resumed run would make one draw more than an unbroken one.

@@ -4,7 +4,7 @@ The epoch reaches loader workers inside the key of each sample, a pair ``(epoch,
 also workers that outlive an epoch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,9 +102,12 @@ class EpochSampler:
         drop_last: leave out what does not fill the last global batch. Training on several
             processes needs it: without it the rest is shared out evenly, and with fewer samples
             than processes some get one batch less (right for evaluation: no sample comes twice).
+        groups: a number each sample; only samples of one number share a batch. Those that fill none with their like
+            are mixed, so that small groups are not left out. Batches come in random order.
 
     Raises:
-        ValueError: if an argument is out of range, or ``drop_last`` would leave no batch.
+        ValueError: if an argument is out of range, there are not ``length`` groups, or ``drop_last`` would leave no
+            batch.
 
     Example:
         >>> sampler = EpochSampler(5, batch_size=2, shuffle=False, seed=0)
@@ -122,6 +125,7 @@ class EpochSampler:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        groups: Sequence[int] | None = None,
     ) -> None:
         for name, value, least in (("length", length, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value < least:
@@ -133,7 +137,11 @@ class EpochSampler:
                 f"EpochSampler: length must be >= batch_size * world_size = {batch_size * world_size} with "
                 f"drop_last; got {length}. Use a smaller batch or drop_last=False."
             )
+        if groups is not None and len(groups) != length:
+            raise ValueError(f"EpochSampler: groups must be one number a sample, {length}; got {len(groups)}.")
         self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.groups = np.zeros(length, np.int64) if groups is None else np.unique(groups, return_inverse=True)[1]
+        self.num_groups = int(self.groups.max()) + 1
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.epoch = 0
         self.position = 0
@@ -157,19 +165,29 @@ class EpochSampler:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         full, start, count = self._rest()
+        generator = torch.Generator().manual_seed(int(mix(self.seed, self.epoch, np.array([-1]))[0] >> np.uint64(1)))
+        order = np.arange(self.length)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(
-                int(mix(self.seed, self.epoch, np.array([-1]))[0] >> np.uint64(1))
-            )
-            order = torch.randperm(self.length, generator=generator).tolist()
-        else:
-            order = list(range(self.length))
+            order = torch.randperm(self.length, generator=generator).numpy()
         step, offset = self.batch_size * self.world_size, self.rank * self.batch_size
-        batches = [order[k * step + offset : k * step + offset + self.batch_size] for k in range(full)]
+        order = self._with_their_like(order, step)
+        batches = order[: full * step].reshape(full, step)
+        if self.shuffle and self.num_groups > 1:
+            batches = batches[torch.randperm(full, generator=generator).numpy()]
+        batches = batches[:, offset : offset + self.batch_size].tolist()
         if count:
-            batches.append(order[start : start + count])
+            batches.append(order[start : start + count].tolist())
         epoch = self.epoch
         return iter([[(epoch, index) for index in batch] for batch in batches[self.position :]])
+
+    def _with_their_like(self, order: np.ndarray, step: int) -> np.ndarray:
+        """The same samples, those that fill batches with their group first, the rest in the order they had."""
+        group = self.groups[order]
+        sorted_by_group = np.argsort(group, kind="stable")
+        counts = np.bincount(group)
+        place = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)  # within the group
+        fills = place < np.repeat(counts // step * step, counts)
+        return order[np.concatenate([sorted_by_group[fills], np.sort(sorted_by_group[~fills])])]
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``; a position just loaded in that epoch is kept."""
@@ -187,7 +205,7 @@ class EpochSampler:
         names = ("epoch", "position", *self._fixed)
         return {name: getattr(self, name) for name in names}
 
-    _fixed = ("length", "batch_size", "shuffle", "seed", "world_size", "drop_last")
+    _fixed = ("length", "batch_size", "shuffle", "seed", "world_size", "drop_last", "num_groups")
 
     def load_state_dict(self, state: Mapping[str, int | bool]) -> None:
         """Go to where :meth:`state_dict` was taken.
@@ -196,9 +214,9 @@ class EpochSampler:
             ValueError: if the order would not be that of the interrupted run.
         """
         for name in self._fixed:
-            if state[name] != getattr(self, name):
+            if state.get(name) != getattr(self, name):
                 raise ValueError(
-                    f"EpochSampler.load_state_dict: {name} must be {state[name]}, as in the interrupted run; "
+                    f"EpochSampler.load_state_dict: {name} must be {state.get(name)}, as in the interrupted run; "
                     f"got {getattr(self, name)}. Resume with the same data, batch and number of processes."
                 )
         self.epoch, self.position, self._resumed = int(state["epoch"]), int(state["position"]), True
