@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,8 +54,16 @@ def plan() -> Iterator[tuple[str, Callable[[], Row]]]:
     yield "ssd300-step-bf16-32", many["ssd300-step-bf16"]
     for key in ("retinanet-step-bf16", "retinanet-loss", "retinanet-postprocess-8"):
         yield f"{key}-{LARGE}", large[key]
+    retinanet = torchvision.CASES["retinanet"]
+    yield (
+        "retinanet-step-bf16-320-graphs",
+        partial(torchvision.step_row, retinanet, usual, "bf16", graphed=True),
+    )
+    for batch in usual.detect_batches:
+        build = partial(torchvision.inference_row, retinanet, usual, batch, "bf16", compiled=True)
+        yield f"retinanet-inference-bf16-{batch}-320-graphs", build
     for key, build in small.items():
-        if "augmentation" not in key:
+        if "augmentation" not in key and key != "retinanet-inference-compiled":
             yield f"{key}-320", build
 
 

@@ -215,17 +215,30 @@ def assert_similar_detections(mine: list[dict[str, Tensor]], theirs: list[dict[s
 # --- whole training step
 
 
-def step_row(case: Case, setting: Setting, precision: str) -> Row:
+def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = False) -> Row:
     """Pictures and objects in, weights updated: what a user's loop does, through the same door on both sides.
 
     Theirs as torchvision's reference scripts step, ours as :func:`detcore.training.train` does unless told
     otherwise: channels_last, also in float32, and the fused optimiser.
+
+    Args:
+        case: the detector.
+        setting: of the benchmark.
+        precision: of both sides.
+        graphed: whether our loss is compiled and replayed as CUDA graphs, as by ``TrainConfig.cuda_graphs``.
     """
     size = case.side(setting.size)
     theirs, ours = case.both(size, setting.num_classes, setting.backbone)
     theirs, ours = prepared(theirs, precision).train(), ours.to(memory_format=torch.channels_last).train()
     images = pictures(setting.batch, size)
     targets = objects(setting.batch, size, setting.objects, ours.num_classes)
+
+    plain = copy.deepcopy(ours) if graphed else ours  # a copy of what is compiled would train the original
+
+    def ready(model: nn.Module) -> nn.Module:
+        if graphed:
+            model.loss = torch.compile(model.loss, mode="reduce-overhead")  # torch's name for CUDA graphs
+        return model
 
     def stepper(model: nn.Module, targets: list[Maps], *, fused: bool) -> Callable[[], Tensor]:
         optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=fused)
@@ -242,10 +255,11 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
 
     def check() -> None:
         alike = objects(setting.batch, size, setting.objects, ours.num_classes, same_boxes=True)
-        sides = ((ours, case.terms, alike), (theirs, case.terms.values(), case.their_targets(alike)))
+        # of copies, so that the statistics of batch norm stay as they are
+        mine = ready(copy.deepcopy(plain)), case.terms, alike
+        sides = (mine, (copy.deepcopy(theirs), case.terms.values(), case.their_targets(alike)))
         losses, slopes = [], []
         for model, names, own in sides:
-            model = copy.deepcopy(model)  # noqa: PLW2901  # the statistics of batch norm stay as they are
             with running(precision):
                 terms = model(images, own)
             sum(terms.values()).backward()
@@ -256,9 +270,9 @@ def step_row(case: Case, setting: Setting, precision: str) -> Row:
         assert_close(losses[0], losses[1], rtol=tolerance, atol=0.0)
         assert_close(slopes[0], slopes[1], rtol=tolerance, atol=floor * float(slopes[1].max()))
 
-    name = f"{case.title}: training step, {precision}, B={setting.batch}"
+    name = f"{case.title}: training step{', graphs' if graphed else ''}, {precision}, B={setting.batch}"
     by_torchvision = stepper(theirs, case.their_targets(targets), fused=False)
-    return Row(name, check, by_torchvision, stepper(ours, targets, fused=True))
+    return Row(name, check, by_torchvision, stepper(ready(ours), targets, fused=True))
 
 
 # --- inference end to end
@@ -272,7 +286,7 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
         setting: of the benchmark.
         batch: pictures.
         precision: of both sides.
-        compiled: whether our network is; theirs never is.
+        compiled: whether our network is, and on a GPU replayed as CUDA graphs; theirs never is.
     """
     size = case.side(setting.size)
     theirs, ours = case.both(size, setting.num_classes, setting.backbone)
@@ -284,7 +298,9 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
         for name, convolutions in () if compiled and model is ours else case.convolutions(model).items():
             answer_with(convolutions, values[name], priors, ours.head.num_priors)
     if compiled:
-        network = torch.compile(ours.predict, dynamic=False, options={"freezing": True})
+        on_gpu = torch.get_default_device().type == "cuda"  # "reduce-overhead" is torch's name for CUDA graphs
+        how = {"mode": "reduce-overhead"} if on_gpu else {"options": {"freezing": True}}
+        network = torch.compile(ours.predict, dynamic=False, **how)
         answer = case.predictions(ours, {name: value.bfloat16() for name, value in maps.items()}, priors)
         ours.predict = lambda images: network(images) and answer  # the network works, as if it had been trained
 

@@ -133,7 +133,7 @@ class DenseDetector(nn.Module):
 
         In evaluation mode, weights without gradients and channels last in memory, each batch norm folded into the
         convolution before it. For more, compile what it predicts with:
-        ``ready.predict = torch.compile(ready.predict)``.
+        ``ready.predict = torch.compile(ready.predict)``; with ``mode="reduce-overhead"`` a GPU replays it as one graph.
 
         Args:
             precision: ``"fp32"``, ``"bf16"``, where weights are bfloat16 too, or ``"auto"``, what

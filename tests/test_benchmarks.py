@@ -8,7 +8,15 @@ import torch
 
 from benchmarks import gpu, limits, timing
 from benchmarks.augmentation import assert_alike, reference_chain, samples
-from benchmarks.torchvision import QUICK, assert_same_detections, assert_similar_detections, objects, rows
+from benchmarks.cases import CASES
+from benchmarks.torchvision import (
+    QUICK,
+    assert_same_detections,
+    assert_similar_detections,
+    objects,
+    rows,
+    step_row,
+)
 from detcore.data.transforms import ssd_transform
 
 # Not below 65 pixels: there P7 is made from a map of one cell, and the weight gradient of that convolution in
@@ -35,6 +43,15 @@ def mark(name):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=mark(n)) for n in ROWS])
 def test_torchvision_and_detcore_agree(name):
     ROWS[name]().check()
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*", "ignore::FutureWarning:torch.*")
+def test_graphed_step_is_torchvisions_and_trains():
+    row = step_row(CASES["retinanet"], SMALL, "fp32", graphed=True)
+    row.check()
+    first = float(row.ours())
+    assert min(float(row.ours()) for _ in range(3)) < first
 
 
 def test_augmentation_check_notices_a_chain_that_never_zooms_out():

@@ -37,7 +37,7 @@ from detcore.training import (
     train,
     worst_box,
 )
-from detcore.training.parts import Average, make_optimizer
+from detcore.training.parts import Average, LossModule, make_optimizer
 from tests.training_worker import MODELS, SCENES, Toy, config, loader
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -685,6 +685,25 @@ def test_two_processes_do_what_one_does_with_the_doubled_batch(tmp_path):
         torch.testing.assert_close(dict(model.state_dict()), dict(saved["model"]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(dict(history.model.state_dict()), model_weights(saved), rtol=1e-4, atol=1e-5)
         assert len(saved["random"]) == 2
+
+
+def test_cuda_graphs_are_asked_of_the_compiler(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    for is_graphed in (False, True):
+        LossModule(Toy(), is_compiled=True, is_graphed=is_graphed)
+    assert asked == [{"mode": None}, {"mode": "reduce-overhead"}]
+    with pytest.raises(ValueError, match="cuda_graphs must be False without a GPU; got True on cpu"):
+        train(Toy(), loader(), TrainConfig(**{**PLAIN, "compile": True, "cuda_graphs": True}))
+
+
+@pytest.mark.gpu
+@pytest.mark.compile
+def test_training_by_cuda_graphs_is_the_eager_one(gpu):
+    settings = {"epochs": 2, "log_every": 1, "checkpoint_every_steps": None, "device": "auto", "precision": "fp32"}
+    eager = train(Toy(dropout=0.0), loader(), config(None, **settings))
+    graphed = train(Toy(dropout=0.0), loader(), config(None, compile=True, cuda_graphs=True, **settings))
+    torch.testing.assert_close(graphed.curve("loss"), eager.curve("loss"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.compile

@@ -36,6 +36,8 @@ class TrainConfig:
         log_every: steps between two lines of metrics.jsonl, each the mean over the steps since the last.
         resume: checkpoint to go on from; auto takes last.pt in output_dir if there is one.
         compile: run the loss through torch.compile.
+        cuda_graphs: with it, on a GPU, also record each batch shape's launches once and replay them; pays where
+            pictures are small or the batches have few shapes.
         progress: show a progress bar; None shows it on terminals and in live notebooks, and not where the
             environment variable DETCORE_STATIC is set.
         device: auto takes a GPU if there is one.
@@ -70,6 +72,7 @@ class TrainConfig:
     log_every: int = 20
     resume: Path | str | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     progress: bool | None = None
     device: Literal["auto", "cpu"] = "auto"
 
@@ -95,6 +98,7 @@ class TrainConfig:
             "checkpoint_every_steps": (every is None or every >= 1, ">= 1 or None"),
             "log_every": (self.log_every >= 1, ">= 1"),
             "device": (self.device in {"auto", "cpu"}, "auto or cpu"),
+            "cuda_graphs": (self.compile or not self.cuda_graphs, "False without compile"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:

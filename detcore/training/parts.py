@@ -26,11 +26,12 @@ logger = logging.getLogger("detcore")
 class LossModule(nn.Module):
     """A detector whose ``forward`` is its loss: data parallelism averages the gradients of ``forward`` only."""
 
-    def __init__(self, detector: nn.Module, *, is_compiled: bool) -> None:
+    def __init__(self, detector: nn.Module, *, is_compiled: bool, is_graphed: bool = False) -> None:
         super().__init__()
         self.detector = detector
         loss: Any = getattr(detector, "loss", detector.forward)
-        self.loss: Callable[..., dict[str, Tensor]] = torch.compile(loss) if is_compiled else loss
+        mode = "reduce-overhead" if is_graphed else None  # what torch calls CUDA graphs
+        self.loss: Callable[..., dict[str, Tensor]] = torch.compile(loss, mode=mode) if is_compiled else loss
 
     def forward(self, images: Any, targets: Any) -> dict[str, Tensor]:
         """The loss terms."""

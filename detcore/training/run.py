@@ -67,6 +67,8 @@ class Run:
         self.precision = best_precision(self.device) if config.precision == "auto" else config.precision
         if self.precision == "fp16" and self.device.type == "cpu":
             raise ValueError("train: config.precision must be fp32 or bf16 on a CPU; got fp16.")
+        if config.cuda_graphs and self.device.type != "cuda":
+            raise ValueError(f"train: config.cuda_graphs must be False without a GPU; got True on {self.device}.")
         self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         self.steps_per_epoch = checked_length(loader, self.accelerator.num_processes)
         self.identity = identity(model, loader)
@@ -82,7 +84,9 @@ class Run:
         self.optimizer: Any = make_optimizer(model, config, is_fused=self.precision != "fp16")
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.network = self.accelerator.prepare(LossModule(model, is_compiled=config.compile))
+        self.network = self.accelerator.prepare(
+            LossModule(model, is_compiled=config.compile, is_graphed=config.cuda_graphs)
+        )
         self.at = Position()
         if self.resumed:
             self._restore(self.resumed)
