@@ -19,7 +19,7 @@ from PIL import Image
 
 from detcore.checkpoint import load_checkpoint, model_weights
 from detcore.cli import VERBS, main, parse
-from detcore.cli.detectors import cached_loader, choose_pictures, loader_to_test, transform_for
+from detcore.cli.detectors import buckets_for, cached_loader, choose_pictures, loader_to_test, transform_for
 from detcore.cli.options import read_pairs, split_pairs
 from detcore.data import Scenes
 from detcore.models import get_model
@@ -280,6 +280,27 @@ def test_difficult_objects_are_learnt_if_asked_for(pictures):
     assert transform_for(pictures, difficult=True)(image, target)[1]["ignore"].tolist() == flags.tolist()
     plain = transform_for(pictures)
     assert plain is None or plain(image, target)[1]["ignore"].all()
+
+
+def test_batches_to_evaluate_on_hold_pictures_of_like_shape_or_come_in_order():
+    class Shapes(Scenes):  # every other one stands
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image[..., : 64 - 16 * (index % 2)], target
+
+        def target(self, index):
+            return {**super().target(index), "original_size": torch.tensor([64, 64 - 16 * (index % 2)])}
+
+    pictures = {"short_side": 64, "long_side": 96}
+    batches = {
+        in_order: list(loader_to_test(Shapes(8, size=64), pictures, batch_size=4, workers=0, in_order=in_order))
+        for in_order in (True, False)
+    }
+    assert [batch.indices.tolist() for batch in batches[True]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [tuple(batch.images.shape[-2:]) for batch in batches[True]] == [(96, 64)] * 2
+    assert [batch.indices.tolist() for batch in batches[False]] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [tuple(batch.images.shape[-2:]) for batch in batches[False]] == [(64, 96), (96, 64)]
+    assert buckets_for(Scenes(2, size=64), {"size": 64}) is None
 
 
 def choose(model, backbone=None, *, size=None, short_side=None, as_they_are=False):

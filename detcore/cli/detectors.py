@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from detcore.checkpoint import CheckpointError, load_checkpoint, model_weights
 from detcore.cli.options import is_shown
-from detcore.data import DataError, DetectionDataset, open_dataset
+from detcore.data import Buckets, DataError, DetectionDataset, open_dataset, size_buckets
 from detcore.data.loader import CachedDataset, CachedLoader, Loader, make_loader
 from detcore.data.sampling import Transform
 from detcore.data.transforms import learn_difficult, retinanet_transform, square_transform, ssd_transform
@@ -186,10 +186,22 @@ def has_one_size(pictures: Mapping[str, Any]) -> bool:
     return "short_side" not in pictures
 
 
-def loader_to_test(dataset: DetectionDataset, pictures: Mapping[str, Any], *, batch_size: int, workers: int) -> Loader:
-    """Batches to detect on, each picture once, in order."""
-    options: dict[str, Any] = {"batch_size": batch_size, "shuffle": False, "num_workers": workers}
-    return make_loader(dataset, transform_for(pictures), multiple=pictures.get("multiple", 32), **options)
+def buckets_for(dataset: DetectionDataset, pictures: Mapping[str, Any]) -> Buckets | None:
+    """The sizes of batches, where pictures come out with several."""
+    if has_one_size(pictures):
+        return None
+    short, long = pictures["short_side"], pictures["long_side"]
+    return size_buckets(dataset, short, long, multiple=pictures.get("multiple", 32))
+
+
+def loader_to_test(
+    dataset: DetectionDataset, pictures: Mapping[str, Any], *, batch_size: int, workers: int, in_order: bool = True
+) -> Loader:
+    """Batches to detect on, each picture once: in order, or with pictures of like shape in a batch."""
+    return make_loader(
+        dataset, transform_for(pictures), batch_size=batch_size, shuffle=False, num_workers=workers,
+        multiple=pictures.get("multiple", 32), buckets=None if in_order else buckets_for(dataset, pictures),
+    )  # fmt: skip
 
 
 def cached_loader(

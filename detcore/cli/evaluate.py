@@ -68,7 +68,9 @@ class Evaluate(Common):
             only_with_objects=self.only_with_objects,
         )  # fmt: skip
         announce(dataset)
-        loader = loader_to_test(dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers)
+        loader = loader_to_test(
+            dataset, trained.pictures, batch_size=self.batch_size, workers=self.workers, in_order=False
+        )
         detections, targets = collect(trained.detector, loader, dataset, device=device, progress=is_shown())
         metrics: dict[str, float] = {}
         recall = None

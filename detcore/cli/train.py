@@ -15,6 +15,7 @@ from detcore.checkpoint import load_checkpoint
 from detcore.cli.detectors import (
     Augment,
     announce,
+    buckets_for,
     cached_loader,
     choose_pictures,
     has_one_size,
@@ -24,7 +25,7 @@ from detcore.cli.detectors import (
 )
 from detcore.cli.evaluate import format_numbers
 from detcore.cli.options import Common, Flag, Pairs, is_shown, read_pairs, write_json
-from detcore.data import DetectionDataset, size_buckets
+from detcore.data import DetectionDataset
 from detcore.data.loader import make_loader
 from detcore.evaluation import CocoEvaluator, evaluate
 from detcore.models import get_model
@@ -241,10 +242,8 @@ class Train(Common):
             options |= {"threads": self.workers, "difficult": self.difficult, "flip": flip, "device": state.device}
             return cached_loader(dataset, pictures, **options)
         transform = transform_for(pictures, augment=self.augment, difficult=self.difficult)
-        multiple, buckets = pictures.get("multiple", 32), None
-        if "short_side" in pictures:
-            buckets = size_buckets(dataset, pictures["short_side"], pictures["long_side"], multiple=multiple)
-        return make_loader(dataset, transform, num_workers=self.workers, multiple=multiple, buckets=buckets, **options)
+        options |= {"num_workers": self.workers, "multiple": pictures.get("multiple", 32)}
+        return make_loader(dataset, transform, buckets=buckets_for(dataset, pictures), **options)
 
 
 class _Judge:
@@ -271,7 +270,9 @@ class _Judge:
             )
         elif self.loader is None:
             workers = self.command.workers
-            self.loader = loader_to_test(self.dataset, self.pictures, batch_size=batch_size, workers=workers)
+            self.loader = loader_to_test(
+                self.dataset, self.pictures, batch_size=batch_size, workers=workers, in_order=False
+            )
         evaluator = CocoEvaluator(len(self.dataset.classes))
         numbers = evaluate(model, self.loader, self.dataset, evaluator, device=self.device, progress=is_shown())
         self.latest = (epoch, numbers)
