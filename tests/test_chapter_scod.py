@@ -1,5 +1,6 @@
 """What the chapter on SCOD says of the paper, number by number."""
 
+import itertools
 import json
 import math
 from functools import cache
@@ -289,3 +290,49 @@ def test_voc_is_counted_again(data_root):
     assert again["cells_on_an_object"] == pytest.approx(
         stored("scod_voc.json")["layers"]["dssd320"]["cells_on_an_object"], abs=1e-5
     )
+
+
+# --- what the text says of the verdicts
+
+
+def advantage(after, before, metric="AP"):
+    """What one variant has over another: mean over the seeds, in standard deviations of the differences."""
+    runs = {}
+    for name in OUTPUTS.values():
+        for run in stored(name)["runs"]:
+            runs.setdefault(run["variant"], {})[run["seed"]] = 100 * run["voc"]["11point"][metric]
+    assert set(runs[after]) == set(runs[before]) == {0, 1, 2}
+    differences = np.array([runs[after][seed] - runs[before][seed] for seed in (0, 1, 2)])
+    return differences.mean() / differences.std(ddof=1)
+
+
+LADDER = ("dssd", "blocks1", "blocks12", "blocks123", "blocks1234")
+
+
+def test_text_on_the_blocks():
+    steps = [advantage(after, before) for before, after in itertools.pairwise(LADDER)]
+    assert [step > 2 for step in steps] == [False, False, True, False]
+    assert 0 < advantage("blocks1234", "dssd") < 2
+    assert -2 < advantage("scod", "blocks1234") < 0
+
+
+def test_text_on_strength():
+    assert advantage("iou", "blocks1234") < -2
+    for metric in ("AP", "AP90"):
+        for after, before in (
+            ("iou_x12.9", "blocks1234"),
+            ("scod", "iou"),
+            ("aiou_x11.9", "iou_x12.9"),
+            ("scod", "iou_x1.25"),
+        ):
+            assert abs(advantage(after, before, metric)) < 2
+    assert 0 < advantage("iou_x12.9", "iou") < 2
+
+
+def test_text_on_beta_and_retinanet():
+    for beta in ("iou", "beta0.9", "beta0.7", "beta0.6"):
+        assert abs(advantage("scod", beta)) < 2
+    assert abs(advantage("retinanet_aiou", "retinanet_iou")) < 2
+    assert -2 < advantage("retinanet_scws", "retinanet_giou") < 0
+    assert advantage("retinanet_scws_aiou", "retinanet_aiou") < -2
+    assert round(max(TABLE_3.values()) - min(TABLE_3.values()), 1) == 1.1

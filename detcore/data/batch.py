@@ -90,7 +90,7 @@ def collate(
     images = [image.as_subclass(Tensor) for image, _ in samples]
     targets = [target for _, target in samples]
     sizes = torch.tensor([image.shape[-2:] for image in images])
-    height, width = _batch_size(sizes.amax(0).tolist(), multiple, canvases)
+    height, width = padded_size(sizes.amax(0).tolist(), multiple, canvases)
     canvas = empty_canvas(len(images), height, width, filled=bool((sizes != torch.tensor([height, width])).any()))
     for slot, image in zip(canvas, images, strict=True):
         slot[:, : image.shape[1], : image.shape[2]] = image
@@ -104,7 +104,8 @@ def collate(
     )
 
 
-def _batch_size(largest: Sequence[int], multiple: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def padded_size(largest: Sequence[int], multiple: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of a batch whose pictures are at most ``largest``: the smallest canvas, or rounded up."""
     fitting = [(h, w) for h, w in canvases if h >= largest[0] and w >= largest[1]]
     height, width = (-(-side // multiple) * multiple for side in largest)
     return min(fitting, key=lambda size: size[0] * size[1], default=(height, width))
