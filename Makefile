@@ -22,7 +22,7 @@ export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint unit compile book notebooks test-book check types serve clean distclean surface FORCE
+.PHONY: help test lint unit plain compile book notebooks test-book check types serve clean distclean surface FORCE
 # A recipe that fails leaves no stamp behind.
 .DELETE_ON_ERROR:
 
@@ -69,7 +69,7 @@ $(VENV)/.dev-stamp: pyproject.toml $(VENV)/.torch-index
 
 # --- tests -----------------------------------------------------------------------------------------------------
 
-test: lint unit compile
+test: lint unit plain compile
 	$(SAY) 'make test: all green'
 
 lint: $(VENV)/.test-stamp
@@ -82,6 +82,13 @@ lint: $(VENV)/.test-stamp
 unit: $(VENV)/.test-stamp
 	$(SAY) 'tests and doctests, shapes checked at every call, $(WORKERS) processes'
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not compile and not browser'
+
+# Assignment, losses, selection and the models that are made of them, by the plain functions that the fast ones stand for.
+plain: $(VENV)/.test-stamp
+	$(SAY) 'the same without the fast forms'
+	DETCORE_KERNELS=0 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not compile and not slow' $(wildcard \
+		tests/test_assigners*.py tests/test_fcos_assign.py tests/test_losses_*.py tests/test_models*.py \
+		tests/test_postprocess.py)
 
 # The shape hook splits a compiled graph (even disabled it stays around dataclasses), so these run without it.
 compile: $(VENV)/.test-stamp
