@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from detcore.checkpoint import load_checkpoint, model_weights
-from detcore.cli import VERBS, main, parse
+from detcore.cli import VERBS, detectors, main, parse
 from detcore.cli.detectors import buckets_for, cached_loader, choose_pictures, loader_to_test, transform_for
 from detcore.cli.options import read_pairs, split_pairs
-from detcore.data import Scenes
+from detcore.data import Loader, Scenes
 from detcore.models import get_model
 from detcore.training import TrainConfig
 
@@ -246,7 +246,10 @@ def test_two_processes_train_and_write_once(tmp_path):
 SSD = ["train", "--model", "ssd300", "--data", SCENES, *PLAIN, "--epochs", 1]
 
 
-def test_ssd_trains_with_its_augmentation(tmp_path):
+@pytest.mark.parametrize("where", ["workers", "device"])
+def test_ssd_trains_with_its_augmentation(where, tmp_path, monkeypatch):
+    if where == "device":  # as on a GPU
+        monkeypatch.setattr(detectors, "CHANGE_COLOURS", ("cpu",))
     words = [*SSD, "--augment", "ssd", "--difficult", "--size", 64]
     for name in ("one", "two"):
         assert run(*words, "--output", tmp_path / name) == 0
@@ -256,6 +259,24 @@ def test_ssd_trains_with_its_augmentation(tmp_path):
     ours, theirs = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
     for name, weight in ours.items():
         assert torch.equal(theirs[name], weight), name  # what is random follows from the seed
+
+
+def test_colours_are_changed_once_wherever_that_is(monkeypatch):
+    data, given = Scenes(4, size=64, seed=3), {"augment": "ssd", "difficult": False, "device": torch.device("cpu")}
+
+    def made():
+        order = {"seed": 0, "batch_size": 4, "shuffle": False}
+        return detectors.loader_to_train(data, {"size": 64}, **given, **order)
+
+    assert isinstance(made(), Loader)
+    monkeypatch.setattr(detectors, "CHANGE_COLOURS", ("cpu",))
+    loader = made()
+    [changed] = loader
+    loader.set_epoch(0)
+    [plain] = loader.loader
+    assert torch.equal(changed.targets.boxes, plain.targets.boxes)
+    moved = changed.images.float().mean((1, 2, 3)) - plain.images.float().mean((1, 2, 3))
+    assert (moved.abs() > 1).any()
 
 
 def test_augmentation_reaches_the_pictures():

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from detcore.checkpoint import CheckpointError, load_checkpoint, model_weights
 from detcore.cli.options import is_shown
 from detcore.data import Buckets, DataError, DetectionDataset, open_dataset, size_buckets
-from detcore.data.loader import CachedDataset, CachedLoader, Loader, make_loader
+from detcore.data.loader import CachedDataset, CachedLoader, Loader, Recoloured, make_loader
 from detcore.data.sampling import Transform
 from detcore.data.transforms import learn_difficult, retinanet_transform, square_transform, ssd_transform
 from detcore.models import get_model
@@ -25,6 +25,8 @@ from detcore.models import get_model
 __all__: list[str] = []
 
 Augment = Literal["flip", "ssd", "none"]
+CHANGE_COLOURS = ("cuda",)
+"""Kinds of devices that change the colours of a batch; elsewhere workers do it while pictures are small."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def choose_pictures(
 
 
 def transform_for(
-    pictures: Mapping[str, Any], *, augment: Augment = "none", difficult: bool = False
+    pictures: Mapping[str, Any], *, augment: Augment = "none", difficult: bool = False, colours: bool = True
 ) -> Transform | None:
     """How pictures are prepared, and changed at random in training; ``None`` leaves them as they are.
 
@@ -168,10 +170,11 @@ def transform_for(
         pictures: see above.
         augment: mirror, SSD's recipe (with ``size`` only), or nothing at random.
         difficult: objects marked difficult are to be learnt too.
+        colours: whether SSD's recipe changes them here, or somebody else does later.
     """
     prepare: Transform | None = None
     if augment == "ssd":
-        prepare = ssd_transform(pictures["size"], train=True)
+        prepare = ssd_transform(pictures["size"], train=True, colours=colours)
     elif "size" in pictures:
         prepare = square_transform(pictures["size"], train=augment == "flip")
     elif "short_side" in pictures:
@@ -192,6 +195,24 @@ def buckets_for(dataset: DetectionDataset, pictures: Mapping[str, Any]) -> Bucke
         return None
     short, long = pictures["short_side"], pictures["long_side"]
     return size_buckets(dataset, short, long, multiple=pictures.get("multiple", 32))
+
+
+def loader_to_train(
+    dataset: DetectionDataset,
+    pictures: Mapping[str, Any],
+    *,
+    augment: Augment,
+    difficult: bool,
+    device: torch.device,
+    seed: int,
+    **options: Any,
+) -> Loader | Recoloured:
+    """Batches of pictures decoded and changed anew each epoch; ``options`` as for :func:`make_loader`."""
+    later = augment == "ssd" and device.type in CHANGE_COLOURS
+    transform = transform_for(pictures, augment=augment, difficult=difficult, colours=not later)
+    options |= {"seed": seed, "multiple": pictures.get("multiple", 32)}
+    loader = make_loader(dataset, transform, buckets=buckets_for(dataset, pictures), **options)
+    return Recoloured(loader, device=device, seed=seed) if later else loader
 
 
 def loader_to_test(

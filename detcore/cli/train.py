@@ -15,18 +15,16 @@ from detcore.checkpoint import load_checkpoint
 from detcore.cli.detectors import (
     Augment,
     announce,
-    buckets_for,
     cached_loader,
     choose_pictures,
     has_one_size,
     loader_to_test,
+    loader_to_train,
     open_split,
-    transform_for,
 )
 from detcore.cli.evaluate import format_numbers
 from detcore.cli.options import Common, Flag, Pairs, is_shown, read_pairs, write_json
 from detcore.data import DetectionDataset
-from detcore.data.loader import make_loader
 from detcore.evaluation import CocoEvaluator, evaluate
 from detcore.models import get_model
 from detcore.provenance import provenance
@@ -89,7 +87,8 @@ class Train(Common):
         skip_bad: leave out bad objects and pictures, and count them, in place of stopping.
         difficult: learn objects marked difficult too, as SSD does on VOC; crowds are never learnt.
         augment: what happens to pictures at random. flip: they are mirrored. ssd: colours, zoom out, crop and mirror,
-            on squares; every picture is decoded anew each epoch, by --workers. none: nothing.
+            on squares; every picture is decoded anew each epoch, by --workers; a GPU changes the colours of a whole
+            batch itself. none: nothing.
         size: warp pictures to this many pixels square, cached in memory (on the GPU if there is one); default in the
             SSD family: what the model was made for.
         short_side: resize pictures so that their short side has this many pixels; default: 800, and
@@ -241,9 +240,8 @@ class Train(Common):
             flip = 0.5 if self.augment == "flip" else 0.0
             options |= {"threads": self.workers, "difficult": self.difficult, "flip": flip, "device": state.device}
             return cached_loader(dataset, pictures, **options)
-        transform = transform_for(pictures, augment=self.augment, difficult=self.difficult)
-        options |= {"num_workers": self.workers, "multiple": pictures.get("multiple", 32)}
-        return make_loader(dataset, transform, buckets=buckets_for(dataset, pictures), **options)
+        options |= {"num_workers": self.workers, "augment": self.augment, "difficult": self.difficult}
+        return loader_to_train(dataset, pictures, device=state.device, **options)
 
 
 class _Judge:
