@@ -320,6 +320,7 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
             assert_similar_detections(by_detcore(), case.as_ours(by_torchvision()))
 
     kind = "inference, compiled" if compiled else "inference"
+    kind += "" if setting.backbone == Setting().backbone else f" on {setting.backbone}"
     return Row(f"{case.title}: {kind}, {precision}, B={batch}", check, by_torchvision, by_detcore)
 
 
@@ -380,6 +381,11 @@ def rows(setting: Setting) -> dict[str, Callable[[], Row]]:
             for batch in setting.detect_batches:
                 name = f"{key}-inference-{precision}-{batch}"
                 made[name] = functools.partial(inference_row, case, setting, batch, precision)
+    deeper = replace(setting, backbone="resnet50")  # most of its convolutions are 1 x 1
+    for precision in ("fp32", "bf16"):
+        made[f"retinanet-resnet50-inference-{precision}"] = functools.partial(
+            inference_row, CASES["retinanet"], deeper, 1, precision
+        )
     made["retinanet-inference-compiled"] = functools.partial(
         inference_row, CASES["retinanet"], setting, 1, "bf16", compiled=True
     )

@@ -222,6 +222,20 @@ def test_packed_weights_follow_the_weights():
     assert_close(twin.bfloat16()(x.bfloat16()), nn.Conv2d.forward(twin, x.bfloat16()))
 
 
+@pytest.mark.parametrize(("kernel", "packings"), [(1, 2), (3, 1)])
+def test_packed_weights_of_small_kernels_follow_the_size_of_the_map(kernel, packings):
+    plain = nn.Conv2d(64, 1024, kernel, padding=kernel // 2)
+    packed, seen = copy.deepcopy(plain), []
+    packed.__class__ = PackedConv2d
+    with torch.no_grad():
+        for side in (20, 5, 20):
+            x = torch.randn(1, 64, side, side).to(memory_format=torch.channels_last)
+            assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+            seen.append(packed._packed[0])
+    assert len(set(seen)) == packings
+    assert seen[0] == seen[2]
+
+
 def test_packed_convolution_leaves_gradients_and_autocast_to_the_plain_one():
     conv, x = PackedConv2d(8, 8, 3), torch.randn(1, 8, 6, 6)
     conv(x).sum().backward()
