@@ -396,7 +396,9 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     """Check, time, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torchvision", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small pictures and 3 repeats: does it run? not a result")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT; nothing is written")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="rows whose name contains TEXT; written to another --output only"
+    )
     parser.add_argument("--repeats", type=int, help="timed runs of each side, at most")
     parser.add_argument("--budget", type=float, help="processor seconds a row, once it has three repeats")
     parser.add_argument(
@@ -421,7 +423,8 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
             row.check()
             timings.append(measure(row, repeats=setting.repeats, budget=setting.budget))
             print(f"{name}: {timings[-1].ratio:.2f}", file=sys.stderr, flush=True)
-            if not options.quick and not options.only:  # after each row: a run that is cut short keeps what it has
+            is_whole = not options.only or options.output != OUTPUT
+            if is_whole and not options.quick:  # after each row: a run that is cut short keeps what it has
                 write(options.output, timings, **record)
     print(table(timings, "torchvision"))
     return timings
