@@ -196,6 +196,8 @@ def test_sampler_goes_on_within_groups_and_refuses_others():
     resumed = make()
     resumed.load_state_dict({**sampler.state_dict(), "position": 3})
     assert batches(resumed) == whole[3:]
+    old = {name: value for name, value in sampler.state_dict().items() if name != "num_groups"}
+    EpochSampler(30, batch_size=4, shuffle=True, seed=2).load_state_dict(old)  # of before there were groups
     with pytest.raises(ValueError, match="num_groups must be 3, as in the interrupted run; got 1"):
         EpochSampler(30, batch_size=4, shuffle=True, seed=2).load_state_dict(sampler.state_dict())
     with pytest.raises(ValueError, match="groups must be one number a sample, 30; got 2"):

@@ -213,10 +213,11 @@ class EpochSampler:
         Raises:
             ValueError: if the order would not be that of the interrupted run.
         """
+        state = {"num_groups": 1, **state}  # before there were groups, all were one
         for name in self._fixed:
-            if state.get(name) != getattr(self, name):
+            if state[name] != getattr(self, name):
                 raise ValueError(
-                    f"EpochSampler.load_state_dict: {name} must be {state.get(name)}, as in the interrupted run; "
+                    f"EpochSampler.load_state_dict: {name} must be {state[name]}, as in the interrupted run; "
                     f"got {getattr(self, name)}. Resume with the same data, batch and number of processes."
                 )
         self.epoch, self.position, self._resumed = int(state["epoch"]), int(state["position"]), True
