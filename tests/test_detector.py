@@ -309,7 +309,7 @@ def batch_of(count, objects):
 def test_training_step_never_waits_for_the_device_and_does_not_grow_with_the_batch(name):
     detector = small(name)
     counts = []
-    for count, objects in ((1, 2), (4, 7)):
+    for count, objects in ((1, 2), (1, 2), (4, 7)):  # the first also makes the priors, which are kept
         images, targets = batch_of(count, objects)
         # a GPU runs the plain functions; the fast forms are a processor's, which waits for nobody
         with disable(), Operations() as operations:
@@ -317,7 +317,7 @@ def test_training_step_never_waits_for_the_device_and_does_not_grow_with_the_bat
         assert operations.waiting == []
         counts.append(operations.count)
         detector.zero_grad()
-    assert counts[0] == counts[1]
+    assert counts[0] > counts[1] == counts[2]
 
 
 def test_operations_notices_what_waits():
