@@ -27,8 +27,9 @@ GOALS = {
     "SSD300: augmentation, theirs on uint8, 16 pictures": 8.0,
     "SSD300: augmentation without colours, theirs on uint8, 16 pictures": 8.0,
 }
-# set on a processor with AMX, where convolutions are faster and so the rest weighs more
-MISSED_WITHOUT_AMX = {
+# Missed so far. The goals were set on a processor with AMX. With everything but convolutions free the three in bf16
+# would still be missed on the AVX-512 one that was measured; the one in float32 has room left, and no such excuse.
+MISSED = {
     "RetinaNet: training step, fp32, B=4": 1.10,
     "RetinaNet: training step, bf16, B=4": 1.15,
     "RetinaNet: inference, bf16, B=1": 1.35,
@@ -41,11 +42,10 @@ def test_goals_against_torchvision_are_met(name, goal):
     assert rows("torchvision.json")[name]["ratio"] >= goal
 
 
-@pytest.mark.parametrize(("name", "goal"), MISSED_WITHOUT_AMX.items())
-def test_goals_that_are_missed_are_missed_for_want_of_amx_only(name, goal):
-    """Not slower than torchvision even so; a processor with AMX has to meet them."""
-    processor = json.loads((RESULTS / "torchvision.json").read_text(encoding="utf-8"))["device"]["processor"]
-    assert rows("torchvision.json")[name]["ratio"] >= (goal if "amx_bf16" in processor else 1.0)
+@pytest.mark.parametrize(("name", "goal"), MISSED.items())
+def test_goals_that_are_missed_are_named_and_ours_is_not_slower(name, goal):
+    """One that is met belongs with the others."""
+    assert 1.0 <= rows("torchvision.json")[name]["ratio"] < goal
 
 
 @pytest.mark.parametrize(

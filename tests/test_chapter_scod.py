@@ -316,6 +316,13 @@ def test_text_on_the_blocks():
     assert -2 < advantage("scod", "blocks1234") < 0
 
 
+def test_losses_made_as_strong_have_the_measured_weights():
+    strength, smooth_l1 = TABLES["strength"], gradients()["smooth_l1"]["mean"]
+    assert strength["iou_x12.9"]["box_weight"] == round(smooth_l1 / gradients()["iou"]["mean"], 1)
+    # the quotient is 11.85, and the recipe was run with 11.9
+    assert strength["aiou_x11.9"]["box_weight"] == pytest.approx(smooth_l1 / gradients()["aiou0.8"]["mean"], rel=0.005)
+
+
 def test_text_on_strength():
     assert advantage("iou", "blocks1234") < -2
     for metric in ("AP", "AP90"):
@@ -335,4 +342,12 @@ def test_text_on_beta_and_retinanet():
     assert abs(advantage("retinanet_aiou", "retinanet_iou")) < 2
     assert -2 < advantage("retinanet_scws", "retinanet_giou") < 0
     assert advantage("retinanet_scws_aiou", "retinanet_aiou") < -2
+    runs = {}
+    for name in ("scod_scenes.json", "scod_beta.json", "scod_retinanet.json"):
+        for run in stored(name)["runs"]:
+            runs.setdefault(run["variant"], []).append(100 * run["voc"]["11point"]["AP"])
+    for after, before in (("retinanet_scws", "retinanet_giou"), ("retinanet_scws_aiou", "retinanet_aiou")):
+        assert -3 < np.mean(runs[after]) - np.mean(runs[before]) < -2.7  # "nearly three points"
+    spans = [np.ptp(runs[beta]) for beta in ("iou", "beta0.9", "scod", "beta0.7", "beta0.6")]
+    assert 0.8 < np.mean(spans) < 1.4  # "about as much" as 1.1
     assert round(max(TABLE_3.values()) - min(TABLE_3.values()), 1) == 1.1

@@ -12,7 +12,9 @@ from detcore.data.transforms import ResizeShortSide
 
 __all__ = ["Buckets", "size_buckets", "smallest_canvas"]
 
-_USUAL_RATIO = 4 / 3  # of cameras: seven of ten pictures of COCO and VOC are no longer than that
+_USUAL_RATIO = (
+    4 / 3
+)  # of many cameras; about six of ten pictures of VOC 2007 are no longer than that, and half of COCO's
 
 
 @dataclass(frozen=True)
