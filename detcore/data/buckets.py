@@ -45,8 +45,10 @@ class Buckets:
 def smallest_canvas(sizes: Int[Tensor, "N 2"], canvases: Sequence[tuple[int, int]]) -> Int[Tensor, " N"]:
     """Index of the canvas with the fewest pixels that holds each (height, width); -1 where none does.
 
+    The first of equals.
+
     Example:
-        >>> smallest_canvas(torch.tensor([[20, 30], [30, 20], [40, 40]]), [(32, 64), (64, 32)]).tolist()
+        >>> smallest_canvas(torch.tensor([[20, 30], [50, 30], [40, 40]]), [(32, 64), (64, 32)]).tolist()
         [0, 1, -1]
     """
     room = torch.tensor(canvases)
