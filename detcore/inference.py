@@ -17,6 +17,9 @@ __all__ = ["PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "re
 Precision = Literal["auto", "fp32", "bf16"]
 _M = TypeVar("_M", bound=nn.Module)
 
+SIZES_KEPT = 10
+"""Sizes of maps that a convolution keeps its weights for: the five levels of pictures that lie and that stand."""
+
 
 def best_precision(device: torch.device | str = "cpu") -> str:
     """The precision that ``auto`` stands for on a device.
@@ -146,20 +149,30 @@ class PackedConv2d(nn.Conv2d):
         True
     """
 
-    _packed: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
+    _packed: tuple[tuple[int, int, torch.dtype], dict[torch.Size, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of ``x``."""
         if not self._is_packable(x):
             return super().forward(x)
         shape = (self.padding, self.stride, self.dilation, self.groups)
-        # Small and large maps want the weights of 1 x 1 convolutions in different orders; one of 1024 channels is 10 to
-        # 200 times slower on the wrong one. Larger kernels, such as those of heads that serve all levels, have one.
-        size = list(x.shape) if self.kernel_size == (1, 1) else []
-        made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, *size)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._packed_for(x.shape, shape), self.bias, *shape, "none", [], ""
+        )
+
+    def _packed_for(self, size: torch.Size, shape: tuple) -> Tensor:
+        """The weights in the order that maps of this very size want; in another, a call can take 100 times as long."""
+        made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._packed is None or self._packed[0] != made_of:
-            self._packed = (made_of, torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, size))
-        return torch.ops.mkldnn._convolution_pointwise(x, self._packed[1], self.bias, *shape, "none", [], "")
+            self._packed = (made_of, {})
+        kept = self._packed[1]
+        weight = kept.pop(size, None)
+        if weight is None:
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(size))
+        kept[size] = weight  # the last one used stands last
+        if len(kept) > SIZES_KEPT:
+            del kept[next(iter(kept))]
+        return weight
 
     def _is_packable(self, x: Tensor) -> bool:
         is_plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
