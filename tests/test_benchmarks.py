@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu, limits, timing
+from benchmarks import bounds, gpu, limits, timing
 from benchmarks.augmentation import assert_alike, reference_chain, samples
 from benchmarks.cases import CASES
 from benchmarks.torchvision import (
@@ -123,6 +123,34 @@ def test_write_keeps_what_repeats_the_run(tmp_path):
 @pytest.mark.parametrize("name", ["retinanet-limit-fp32", "fcos-limit-bf16"])
 def test_network_alone_teaches_every_weight_as_a_step_does(name):
     limits.rows(SMALL)[name]().check()
+
+
+@pytest.mark.parametrize("name", bounds.rows(SMALL))
+def test_convolutions_alone_are_those_of_the_network(name):
+    row = bounds.rows(SMALL)[name]()
+    row.check()  # each makes what it made inside
+    row.ours()
+
+
+def test_a_call_that_makes_something_else_is_noticed():
+    conv = torch.nn.Conv2d(3, 4, 3).requires_grad_(False)
+    [call] = bounds.calls_of(conv, lambda: conv(torch.rand(1, 3, 5, 5)))
+    bounds.check_calls([call], bounds.Call.forward)
+    conv.weight.mul_(2)
+    with pytest.raises(AssertionError, match="Conv2d"):
+        bounds.check_calls([call], bounds.Call.forward)
+
+
+@pytest.mark.parametrize("seen", [3, 8])
+def test_slopes_of_a_call_are_autograds(seen):
+    conv, x = torch.nn.Conv2d(seen, 4, 3, stride=2, padding=1), torch.rand(2, seen, 7, 7, requires_grad=True)
+    [call] = bounds.calls_of(conv, lambda: conv(x))
+    call.slope = torch.randn_like(call.made)
+    conv(x).backward(call.slope)
+    found = call.backward()
+    assert (found[0] is None) == (seen == 3)  # pictures want no slope
+    for slope, wanted in zip(found, (x.grad, conv.weight.grad, conv.bias.grad), strict=True):
+        assert slope is None or torch.allclose(slope, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_gpu_plan_begins_with_what_matters_and_names_each_row_once():
