@@ -3,12 +3,15 @@
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -37,6 +40,29 @@ def place_cache(app: Sphinx, config: Config) -> None:
     if not config.nb_execution_cache_path:
         cache = Path(app.outdir).parent / ".jupyter_cache" / execution_key(Path(app.srcdir))
         config.nb_execution_cache_path = str(cache)
+
+
+def execute_side_by_side(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Fill the cache on all processors; MyST-NB executes what is not in it, one notebook after the other.
+
+    A notebook that fails is left to MyST-NB too, which says what is wrong and ends the build.
+    """
+    if app.config.nb_execution_mode != "cache":
+        return
+    cache = get_cache(app.config.nb_execution_cache_path)
+    paths = [str(env.doc2path(name)) for name in docnames]
+    notebooks = [cache.add_nb_to_project(path).uri for path in paths if path.endswith(".ipynb")]
+    if len(cache.list_unexecuted(notebooks)) < 2:
+        return
+    logger = logging.getLogger("jupyter_cache")
+    logger.setLevel(logging.INFO)  # says which notebook starts and ends; left unset it tells all about processes
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # a kernel a processor: with more threads they would wait for each other
+    try:
+        executor = load_executor("local-parallel", cache, logger)
+        executor.run_and_cache(filter_uris=notebooks, timeout=app.config.nb_execution_timeout)
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(OMP_NUM_THREADS=threads)
 
 
 def vendor_mathjax(app: Sphinx) -> None:
@@ -138,6 +164,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     os.environ["DETCORE_STATIC"] = "1"
     app.connect("config-inited", place_cache)
     app.connect("builder-inited", vendor_mathjax)
+    app.connect("env-before-read-docs", execute_side_by_side)
     app.connect("autodoc-process-docstring", shape_docstring, priority=100)  # napoleon comes at 500
     app.connect("autodoc-skip-member", skip_visitors)
     app.connect("missing-reference", follow_import)
