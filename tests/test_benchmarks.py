@@ -125,7 +125,9 @@ def test_network_alone_teaches_every_weight_as_a_step_does(name):
     limits.rows(SMALL)[name]().check()
 
 
-@pytest.mark.parametrize("name", bounds.rows(SMALL))
+@pytest.mark.parametrize(
+    "name", ["retinanet-step-fp32", "fcos-step-bf16", "retinanet-inference-fp32", "ssd300-inference-bf16"]
+)
 def test_convolutions_alone_are_those_of_the_network(name):
     row = bounds.rows(SMALL)[name]()
     row.check()  # each makes what it made inside

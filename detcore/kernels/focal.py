@@ -156,21 +156,28 @@ def _in_pieces(x: Tensor, own: tuple[Tensor, Tensor], weights: Tensor, power: fl
     for i, (piece, weight, into, slopes) in enumerate(zip(*pieces, gradients, strict=False)):
         wide = piece.to(weights.dtype)
         p = wide.sigmoid()
-        surprise = _surprise(wide, p)
+        half = _half_surprise(wide, p)
         factor = _weighted_power(p, weight, power)
         mine = slice(of_piece[i], of_piece[i + 1])
         if mine.start < mine.stop:
             factor[own[0][mine] - i * count, own[1][mine]] = 0
-        torch.sum(factor * surprise, 1, out=into)
+        torch.sum(factor * half, 1, out=into)
         if slopes is not None:
-            surprise.addcmul_(surprise, p, value=-1)  # (1 - p) s
-            torch.mul(p.add_(surprise, alpha=power), factor, out=slopes)
-    return sums
+            half.addcmul_(half, p, value=-1)  # (1 - p) s / 2
+            torch.mul(p.add_(half, alpha=2 * power), factor, out=slopes)
+    return sums.mul_(2)
 
 
-def _surprise(x: Tensor, p: Tensor) -> Tensor:
-    """ln(1 + e^x), with one logarithm and no exponential where no p is so near 1 that 1 - p has lost its digits."""
-    return F.softplus(x, threshold=80.0) if x.amax() > 3 else p.neg().log1p_().neg_()
+def _half_surprise(x: Tensor, p: Tensor) -> Tensor:
+    """ln(1 + e^x) / 2, without an exponential where no p is so near 1 that 1 - p has lost its digits.
+
+    There by -ln(1 - p) = 2 artanh(p / (2 - p)), which keeps the digits of a small p. So does log1p, in half the time in
+    some processes and in three times as long in others on the same machine.
+    """
+    if x.amax() > 3:
+        return F.softplus(x, threshold=80.0).div_(2)
+    ratio = 2 - p
+    return torch.div(p, ratio, out=ratio).atanh_()
 
 
 def _weighted_power(p: Tensor, weights: Tensor, power: float) -> Tensor:
