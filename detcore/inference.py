@@ -171,7 +171,7 @@ class PackedConv2d(nn.Conv2d):
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(size))
         kept[size] = weight  # the last one used stands last
         if len(kept) > SIZES_KEPT:
-            del kept[next(iter(kept))]
+            kept.pop(next(iter(kept)), None)  # another thread may have been first
         return weight
 
     def _is_packable(self, x: Tensor) -> bool:

@@ -12,9 +12,8 @@ from detcore.data.transforms import ResizeShortSide
 
 __all__ = ["Buckets", "size_buckets", "smallest_canvas"]
 
-_USUAL_RATIO = (
-    4 / 3
-)  # of many cameras; about six of ten pictures of VOC 2007 are no longer than that, and half of COCO's
+# Of many cameras; about six of ten pictures of VOC 2007 are no longer than that, and half of COCO's.
+_USUAL_RATIO = 4 / 3
 
 
 @dataclass(frozen=True)
