@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.testing import assert_close
 
 from benchmarks.augmentation import augmentation_row
@@ -299,8 +300,9 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
             answer_with(convolutions, values[name], priors, ours.head.num_priors)
     if compiled:
         on_gpu = torch.get_default_device().type == "cuda"  # "reduce-overhead" is torch's name for CUDA graphs
-        how = {"mode": "reduce-overhead"} if on_gpu else {"options": {"freezing": True}}
-        network = torch.compile(ours.predict, dynamic=False, **how)
+        network = torch.compile(ours.predict, dynamic=False, **({"mode": "reduce-overhead"} if on_gpu else {}))
+        with torch.no_grad(), inductor.patch(freezing=not on_gpu):  # as an option of torch.compile it comes too late
+            network(torch.stack(pictures(batch, size)))
         answer = case.predictions(ours, {name: value.bfloat16() for name, value in maps.items()}, priors)
         ours.predict = lambda images: network(images) and answer  # the network works, as if it had been trained
 

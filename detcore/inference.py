@@ -1,7 +1,7 @@
 """A trained detector made ready to detect: the same network with less to compute."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -12,7 +12,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-__all__ = ["PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
+from detcore.kernels import enabled
+from detcore.kernels.winograd import best_form, winograd_convolution, winograd_weights
+from detcore.nn.convolution import Conv3x3
+
+__all__ = ["PackedConv2d", "PackedConv3x3", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 _M = TypeVar("_M", bound=nn.Module)
@@ -78,8 +82,8 @@ def ready_to_detect(detector: _M, *, precision: Precision = "auto") -> _M:
     if (best_precision(device) if precision == "auto" else precision) == "bf16":
         ready.to(torch.bfloat16)
     for module in ready.modules():
-        if type(module) is nn.Conv2d and device.type == "cpu":
-            module.__class__ = PackedConv2d
+        if type(module) in READY and device.type == "cpu":
+            module.__class__ = READY[type(module)]
     return ready
 
 
@@ -134,7 +138,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             continue
         for first, second in pairs:
             conv, norm = getattr(parent, first), getattr(parent, second)
-            if type(conv) in (nn.Conv2d, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
+            if type(conv) in (nn.Conv2d, Conv3x3, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
                 yield parent, first, second
 
 
@@ -149,35 +153,36 @@ class PackedConv2d(nn.Conv2d):
         True
     """
 
-    _packed: tuple[tuple[int, int, torch.dtype], dict[torch.Size, Tensor]] | None = None
+    _packed: tuple[tuple[int, int, torch.dtype], dict[Hashable, Tensor]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of ``x``."""
-        if not self._is_packable(x):
+        if torch.compiler.is_compiling() or not self._is_packable(x):
             return super().forward(x)
         shape = (self.padding, self.stride, self.dilation, self.groups)
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed_for(x.shape, shape), self.bias, *shape, "none", [], ""
-        )
+        weight = self._kept(
+            x.shape, lambda: torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(x.shape))
+        )  # in the order that maps of this very size want; in another, a call can take 100 times as long
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *shape, "none", [], "")
 
-    def _packed_for(self, size: torch.Size, shape: tuple) -> Tensor:
-        """The weights in the order that maps of this very size want; in another, a call can take 100 times as long."""
+    def _kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """The weights rearranged, made at the first call for a key; the keys used last are kept."""
         made_of = (self.weight.data_ptr(), self.weight._version, self.weight.dtype)
         if self._packed is None or self._packed[0] != made_of:
             self._packed = (made_of, {})
         kept = self._packed[1]
-        weight = kept.pop(size, None)
+        weight = kept.pop(key, None)
         if weight is None:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(size))
-        kept[size] = weight  # the last one used stands last
+            weight = make()
+        kept[key] = weight  # the last one used stands last
         if len(kept) > SIZES_KEPT:
             kept.pop(next(iter(kept)), None)  # another thread may have been first
         return weight
 
     def _is_packable(self, x: Tensor) -> bool:
-        is_plain = x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
         return (
-            is_plain
+            x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
             and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
             and torch.backends.mkldnn.enabled
             and x.dtype == self.weight.dtype
@@ -192,3 +197,29 @@ class PackedConv2d(nn.Conv2d):
     def __getstate__(self) -> dict:
         """Without the packed weights, which can be neither copied nor saved."""
         return {key: value for key, value in vars(self).items() if key != "_packed"}
+
+
+class PackedConv3x3(PackedConv2d, Conv3x3):
+    """A convolution of 3 x 3 that keeps its weights, as oneDNN or as Winograd's way wants them.
+
+    Example:
+        >>> conv = PackedConv3x3(128, 128, 3, padding=1).requires_grad_(False)
+        >>> x = torch.ones(1, 40, 40, 128).permute(0, 3, 1, 2)
+        >>> bool((conv(x) - nn.Conv2d.forward(conv, x)).abs().max() < 1e-4)
+        True
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution of ``x``."""
+        is_compiled = torch.compiler.is_compiling()
+        is_ready = not torch.is_grad_enabled() if is_compiled else self._is_packable(x)
+        form = best_form(x, self.weight, x.dtype, is_ready=True) if enabled() and is_ready else None
+        if form is None:
+            return super().forward(x)
+        if is_compiled:  # with frozen weights, what is made of them is kept with the graph
+            return winograd_convolution(x, winograd_weights(self.weight, form), self.bias)
+        return winograd_convolution(x, self._kept(form, lambda: winograd_weights(self.weight, form)), self.bias)
+
+
+READY = {nn.Conv2d: PackedConv2d, Conv3x3: PackedConv3x3}
+"""What becomes of a convolution that is made ready."""

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import bounds, gpu, limits, timing
+from benchmarks import convolutions, gpu, limits, timing
 from benchmarks.augmentation import assert_alike, reference_chain, samples
 from benchmarks.cases import CASES
+from benchmarks.timing import measure
 from benchmarks.torchvision import (
     QUICK,
     assert_same_detections,
@@ -18,6 +19,7 @@ from benchmarks.torchvision import (
     step_row,
 )
 from detcore.data.transforms import ssd_transform
+from detcore.kernels.winograd import winograd_convolution
 
 # Not below 65 pixels: there P7 is made from a map of one cell, and the weight gradient of that convolution in
 # bfloat16 reads memory that nobody wrote (torch 2.15 on processors with AVX512-BF16).
@@ -125,34 +127,19 @@ def test_network_alone_teaches_every_weight_as_a_step_does(name):
     limits.rows(SMALL)[name]().check()
 
 
-@pytest.mark.parametrize(
-    "name", ["retinanet-step-fp32", "fcos-step-bf16", "retinanet-inference-fp32", "ssd300-inference-bf16"]
-)
-def test_convolutions_alone_are_those_of_the_network(name):
-    row = bounds.rows(SMALL)[name]()
-    row.check()  # each makes what it made inside
-    row.ours()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_both_ways_to_convolve_agree(precision, is_ready):
+    row = convolutions.convolution_row((2, 8, 12, 9), precision, is_ready=is_ready)
+    row.check()
+    assert measure(row, repeats=2).repeats == 2
 
 
-def test_a_call_that_makes_something_else_is_noticed():
-    conv = torch.nn.Conv2d(3, 4, 3).requires_grad_(False)
-    [call] = bounds.calls_of(conv, lambda: conv(torch.rand(1, 3, 5, 5)))
-    bounds.check_calls([call], bounds.Call.forward)
-    conv.weight.mul_(2)
-    with pytest.raises(AssertionError, match="Conv2d"):
-        bounds.check_calls([call], bounds.Call.forward)
-
-
-@pytest.mark.parametrize("seen", [3, 8])
-def test_slopes_of_a_call_are_autograds(seen):
-    conv, x = torch.nn.Conv2d(seen, 4, 3, stride=2, padding=1), torch.rand(2, seen, 7, 7, requires_grad=True)
-    [call] = bounds.calls_of(conv, lambda: conv(x))
-    call.slope = torch.randn_like(call.made)
-    conv(x).backward(call.slope)
-    found = call.backward()
-    assert (found[0] is None) == (seen == 3)  # pictures want no slope
-    for slope, wanted in zip(found, (x.grad, conv.weight.grad, conv.bias.grad), strict=True):
-        assert slope is None or torch.allclose(slope, wanted, rtol=1e-5, atol=1e-6)
+def test_a_convolution_that_is_wrong_is_noticed(monkeypatch):
+    row = convolutions.convolution_row((2, 8, 12, 9), "fp32", is_ready=False)
+    monkeypatch.setattr(convolutions, "winograd_convolution", lambda x, w: 1.001 * winograd_convolution(x, w))
+    with pytest.raises(AssertionError, match="error"):
+        row.check()
 
 
 def test_gpu_plan_begins_with_what_matters_and_names_each_row_once():
