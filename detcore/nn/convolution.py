@@ -24,9 +24,9 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        form = best_form(x, self.weight, dtype) if enabled() else None
+        is_tried = enabled() and x.device.type == "cpu"
+        dtype = torch.get_autocast_dtype("cpu") if is_tried and torch.is_autocast_enabled("cpu") else x.dtype
+        form = best_form(x, self.weight, dtype) if is_tried else None
         if form is None:
             return super().forward(x)
         weights = winograd_weights(self.weight, form).to(dtype)
