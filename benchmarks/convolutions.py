@@ -8,7 +8,7 @@ import functools
 import pathlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     record = {
         "command": " ".join(["python -m benchmarks.convolutions", *(sys.argv[1:] if arguments is None else arguments)]),
         "allocator": "keeps freed memory" if keeps else "system's default",
+        "setting": asdict(setting),
     }
     timings = []
     for name, build in rows().items():

@@ -135,6 +135,16 @@ def test_both_ways_to_convolve_agree(precision, is_ready):
     assert measure(row, repeats=2).repeats == 2
 
 
+def test_convolutions_are_timed_and_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(convolutions, "MAPS", ((1, 4, 4, 8),))
+    monkeypatch.setattr(convolutions, "keep_memory", lambda: False)  # it would hold for all tests after this one
+    timings = convolutions.main(["--output", str(tmp_path / "convolutions.json")])
+    record = json.loads((tmp_path / "convolutions.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in record["rows"]] == [timing.name for timing in timings]
+    assert len(timings) == 4
+    assert record["setting"] == {"repeats": 25, "budget": 8.0}
+
+
 def test_a_convolution_that_is_wrong_is_noticed(monkeypatch):
     row = convolutions.convolution_row((2, 8, 12, 9), "fp32", is_ready=False)
     monkeypatch.setattr(convolutions, "winograd_convolution", lambda x, w: 1.001 * winograd_convolution(x, w))
