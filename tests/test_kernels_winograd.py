@@ -48,6 +48,7 @@ def maps(*size, dtype=torch.float32):
 @pytest.mark.parametrize("size", [(2, 3, 8, 8), (1, 2, 5, 7), (2, 4, 1, 1), (3, 5, 13, 6), (1, 1, 4, 9)], ids=str)
 def test_values_and_slopes_are_those_of_torch(size, block, has_bias, products, monkeypatch):
     monkeypatch.setattr(_tiles, "BLOCK", block)
+    monkeypatch.setattr(_tiles, "TILES", 1)
     x, weight = maps(*size, dtype=torch.float64), torch.randn(6, size[1], 3, 3, dtype=torch.float64)
     inputs = [x.requires_grad_(), weight.requires_grad_()]
     bias = torch.randn(6, dtype=torch.float64, requires_grad=True) if has_bias else None

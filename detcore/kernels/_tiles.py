@@ -17,6 +17,12 @@ Matrix = tuple[tuple[float | int, ...], ...]
 BLOCK = 8 * 1024 * 1024
 """Bytes of values that are worked on at once: they shall stay in the cache until they are multiplied."""
 
+TILES = 128
+"""And at least so many tiles at once, or the products have too few rows to be fast."""
+
+KEPT = 4 * BLOCK
+"""Bytes of memory to work in that are kept for the next call, of each name."""
+
 
 @dataclass(frozen=True)
 class Form:
@@ -75,12 +81,14 @@ class Grid:
         step: outputs of a tile in a row.
         down: rows of tiles.
         right: tiles in a row.
+        row_tiles: tiles in a row, of all pictures.
         row_bytes: of the values of a row of tiles.
     """
 
     step: int
     down: int
     right: int
+    row_tiles: int
     row_bytes: int
 
     @classmethod
@@ -89,7 +97,7 @@ class Grid:
         step = FORMS[len(weights)].step
         right = -(-x.shape[3] // step)
         row_bytes = len(x) * right * len(weights) * max(weights.shape[1:]) * x.element_size()
-        return cls(step, -(-x.shape[2] // step), right, row_bytes)
+        return cls(step, -(-x.shape[2] // step), right, len(x) * right, row_bytes)
 
     def cover(self, x: Tensor, *, border: int) -> Tensor:
         """The map with its channels last, filled up with zeros to whole tiles: (B, H', W', C)."""
@@ -105,7 +113,7 @@ class Grid:
 
     def blocks(self) -> list[range]:
         """Rows of tiles that are worked on at once."""
-        count = max(1, BLOCK // self.row_bytes)
+        count = max(1, BLOCK // self.row_bytes, round(TILES / self.row_tiles))
         return [range(first, min(first + count, self.down)) for first in range(0, self.down, count)]
 
     def to_places(self, matrix: Matrix, x: Tensor, rows: range, *, name: str = "values") -> Tensor:
@@ -142,9 +150,9 @@ class Scratch(threading.local):
         self.kept: dict[str, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of any content. The last one of this name is lost, if both are no larger than a block."""
+        """A tensor of any content. The last one of this name is lost, unless it is larger than is kept."""
         size = math.prod(shape) * like.element_size()
-        if size > BLOCK:
+        if size > KEPT:
             return like.new_empty(shape)
         if name not in self.kept or len(self.kept[name]) < size:
             with torch.inference_mode(False):  # or it could not be written to elsewhere
