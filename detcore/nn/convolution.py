@@ -10,9 +10,9 @@ __all__ = ["Conv3x3", "use_winograd"]
 
 
 class Conv3x3(nn.Conv2d):
-    """``nn.Conv2d`` of 3 x 3, its maps kept their size: on a processor about twice as fast on large maps.
+    """``nn.Conv2d`` of 3 x 3, its maps kept their size: on a processor with fewer multiplications.
 
-    Only where it is faster, which :func:`detcore.kernels.winograd.best_form` knows; otherwise, and under
+    Only where that is faster, which :func:`detcore.kernels.winograd.best_form` knows; otherwise, and under
     :func:`detcore.kernels.disable`, it is ``nn.Conv2d``.
 
     Example:
