@@ -65,8 +65,9 @@ def winograd_weights(weight: Float[Tensor, "O C 3 3"], products: int) -> Float[T
         tensor([1.0000, 1.5000, 0.5000, 1.0000])
     """
     g = weight.new_tensor(FORMS[products].weights)
-    across = weight.permute(3, 2, 1, 0)  # columns of a tile come before its rows, below too
-    return (torch.kron(g, g) @ across.flatten(0, 1).flatten(1)).unflatten(1, across.shape[2:])
+    across = weight.permute(3, 2, 0, 1)  # columns of a tile come before its rows, below too
+    made = torch.kron(g, g) @ across.flatten(0, 1).flatten(1)
+    return made.unflatten(1, across.shape[2:]).transpose(1, 2)  # as weights lie: to turn them round costs more
 
 
 def winograd_convolution(
@@ -127,21 +128,25 @@ def winograd_slopes(slope: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, 
     """Slopes of x and of the weights: every step of the way there, transposed, in the other order."""
     form, grid = FORMS[len(weights)], Grid.over(x, weights)
     padded, slope = grid.cover(x, border=1), grid.cover(slope, border=0)
-    of_x, of_weights = torch.empty_like(padded), torch.zeros_like(weights)
+    of_x, of_weights = torch.empty_like(padded), _zeros(weights)
     of_x[:, grid.down * form.step :] = 0.0
     for rows in reversed(grid.blocks()):  # the border below a block is added to what the block below it has written
         products = grid.to_places(transposed(form.outputs), slope, rows, name="products").flatten(0, 1).flatten(1, 3)
         values = grid.to_places(form.inputs, padded, rows)
         flat = values.flatten(0, 1).flatten(1, 3)
-        of_weights.baddbmm_(flat.transpose(1, 2), products)
+        of_weights.baddbmm_(products.transpose(1, 2), flat)
         torch.bmm(products, weights.transpose(1, 2), out=flat)  # now slopes of the values
         grid.from_places(transposed(form.inputs), values, of_x, rows)
-    return grid.uncover(of_x, x, border=1).clone(memory_format=torch.channels_last), of_weights
+    return grid.uncover(of_x, x, border=1).clone(memory_format=torch.channels_last), of_weights.transpose(1, 2)
+
+
+def _zeros(weights: Tensor) -> Tensor:
+    return weights.new_zeros(len(weights), weights.shape[2], weights.shape[1])
 
 
 @winograd_slopes.register_fake
 def _(slope: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x, x.shape[1]), torch.empty_like(weights)
+    return _like(x, x.shape[1]), _zeros(weights).transpose(1, 2)
 
 
 def _keep(ctx, inputs, output):
