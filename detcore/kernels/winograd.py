@@ -124,29 +124,36 @@ def _(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("detcore::winograd_slopes", mutates_args=())
-def winograd_slopes(slope: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes of x and of the weights: every step of the way there, transposed, in the other order."""
+def winograd_slopes(slope: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes of x, of the weights and of a bias: every step of the way there, transposed, in the other order."""
     form, grid = FORMS[len(weights)], Grid.over(x, weights)
     padded, slope = grid.cover(x, border=1), grid.cover(slope, border=0)
-    of_x, of_weights = torch.empty_like(padded), _zeros(weights)
+    of_x, (of_weights, of_bias) = torch.empty_like(padded), _zeros(weights)
     of_x[:, grid.down * form.step :] = 0.0
     for rows in reversed(grid.blocks()):  # the border below a block is added to what the block below it has written
-        products = grid.to_places(transposed(form.outputs), slope, rows, name="products").flatten(0, 1).flatten(1, 3)
+        products = grid.to_places(transposed(form.outputs), slope, rows, name="products")
+        of_bias += products[1, 1].flatten(0, 2).sum(dim=0)
+        products = products.flatten(0, 1).flatten(1, 3)
         values = grid.to_places(form.inputs, padded, rows)
         flat = values.flatten(0, 1).flatten(1, 3)
         of_weights.baddbmm_(products.transpose(1, 2), flat)
         torch.bmm(products, weights.transpose(1, 2), out=flat)  # now slopes of the values
         grid.from_places(transposed(form.inputs), values, of_x, rows)
-    return grid.uncover(of_x, x, border=1).clone(memory_format=torch.channels_last), of_weights.transpose(1, 2)
+    of_x = grid.uncover(of_x, x, border=1).clone(memory_format=torch.channels_last)
+    return of_x, of_weights.transpose(1, 2), of_bias.to(slope.dtype)
 
 
-def _zeros(weights: Tensor) -> Tensor:
-    return weights.new_zeros(len(weights), weights.shape[2], weights.shape[1])
+def _zeros(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """For sums: of the weights, which lie (n, O, C), and of a bias, which must not round on the way."""
+    n, inside, outside = weights.shape
+    wide = torch.promote_types(weights.dtype, torch.float32)
+    return weights.new_zeros(n, outside, inside), weights.new_zeros(outside, dtype=wide)
 
 
 @winograd_slopes.register_fake
-def _(slope: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(x, x.shape[1]), _zeros(weights).transpose(1, 2)
+def _(slope: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    of_weights, of_bias = _zeros(weights)
+    return _like(x, x.shape[1]), of_weights.transpose(1, 2), of_bias.to(slope.dtype)
 
 
 def _keep(ctx, inputs, output):
@@ -156,8 +163,8 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, slope):
     refuse_second_derivative("winograd_convolution")
-    of_x, of_weights = winograd_slopes(slope, *ctx.saved_tensors)
-    return of_x, of_weights, slope.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
+    *slopes, of_bias = winograd_slopes(slope, *ctx.saved_tensors)
+    return *slopes, of_bias if ctx.needs_input_grad[2] else None
 
 
 _recorded.register_autograd(_backward, setup_context=_keep)
