@@ -82,6 +82,16 @@ def test_rounding_is_small(dtype, products, most):
 
 
 @FORMS
+def test_no_maps_make_no_maps(products):
+    x, weights = maps(0, 2, 8, 8).requires_grad_(), winograd_weights(torch.randn(3, 2, 3, 3), products).requires_grad_()
+    made = winograd_convolution(x, weights)
+    assert made.shape == (0, 3, 8, 8)
+    made.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weights.grad.any()
+
+
+@FORMS
 def test_maps_and_their_slopes_lie_channels_last(products):
     x = maps(2, 5, 9, 6).requires_grad_()
     made = winograd_convolution(x, winograd_weights(torch.randn(4, 5, 3, 3), products))

@@ -113,7 +113,7 @@ class Grid:
 
     def blocks(self) -> list[range]:
         """Rows of tiles that are worked on at once."""
-        count = max(1, BLOCK // self.row_bytes, round(TILES / self.row_tiles))
+        count = max(1, BLOCK // max(1, self.row_bytes), round(TILES / max(1, self.row_tiles)))
         return [range(first, min(first + count, self.down)) for first in range(0, self.down, count)]
 
     def to_places(self, matrix: Matrix, x: Tensor, rows: range, *, name: str = "values") -> Tensor:
