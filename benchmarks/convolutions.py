@@ -6,7 +6,6 @@ Where Winograd's way is taken in a detector rests on this table: see :func:`detc
 import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
+from benchmarks.timing import ROOT, Row, Timing, time_all
 from detcore.kernels.winograd import winograd_convolution, winograd_weights
 
 OUTPUT = ROOT / "results" / "benchmarks" / "convolutions.json"
@@ -109,26 +108,16 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains TEXT; not written")
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="JSON file")
     options = parser.parse_args(arguments)
-    setting = Setting()
-    torch.set_num_threads(1)
-    keeps = keep_memory()
-    record = {
-        "command": " ".join(["python -m benchmarks.convolutions", *(sys.argv[1:] if arguments is None else arguments)]),
-        "allocator": "keeps freed memory" if keeps else "system's default",
-        "setting": asdict(setting),
-    }
-    timings = []
-    for name, build in rows().items():
-        if options.only not in name:
-            continue
-        row = build()
-        row.check()
-        timings.append(measure(row, repeats=setting.repeats, budget=setting.budget))
-        print(f"{name}: {timings[-1].ratio:.2f}", file=sys.stderr, flush=True)
-        if not options.only:
-            write(options.output, timings, **record)
-    print(table(timings, "torch"))
-    return timings
+    return time_all(
+        {name: build for name, build in rows().items() if options.only in name},
+        "torch",
+        module="convolutions",
+        arguments=arguments,
+        output=None if options.only else options.output,
+        setting=asdict(Setting()),
+        repeats=Setting().repeats,
+        budget=Setting().budget,
+    )
 
 
 if __name__ == "__main__":

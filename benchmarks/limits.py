@@ -8,7 +8,6 @@ share of a step that the network has: 1 at best.
 import argparse
 import functools
 import pathlib
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, Case
 from benchmarks.synthetic import objects, pictures
-from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
+from benchmarks.timing import ROOT, Row, Timing, time_all
 from benchmarks.torchvision import QUICK, Setting, running
 from detcore.structures import pad_targets
 
@@ -80,23 +79,16 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="JSON file; not written by --quick")
     options = parser.parse_args(arguments)
     setting = replace(QUICK if options.quick else Setting(), budget=options.budget)
-    torch.set_num_threads(1)
-    keeps = keep_memory()
-    record = {
-        "command": " ".join(["python -m benchmarks.limits", *(sys.argv[1:] if arguments is None else arguments)]),
-        "allocator": "keeps freed memory" if keeps else "system's default",
-        "setting": asdict(setting),
-    }
-    timings = []
-    for name, build in rows(setting).items():
-        row = build()
-        row.check()
-        timings.append(measure(row, repeats=setting.repeats, budget=setting.budget))
-        print(f"{name}: {timings[-1].ratio:.3f}", file=sys.stderr, flush=True)
-        if not options.quick:
-            write(options.output, timings, **record)
-    print(table(timings, "alone"))
-    return timings
+    return time_all(
+        rows(setting),
+        "alone",
+        module="limits",
+        arguments=arguments,
+        output=None if options.quick else options.output,
+        setting=asdict(setting),
+        repeats=setting.repeats,
+        budget=setting.budget,
+    )
 
 
 if __name__ == "__main__":

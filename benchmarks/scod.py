@@ -6,7 +6,6 @@ The trunk is the small one: on a ResNet the step is longer and the labels cost t
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Callable
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.synthetic import objects
-from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
+from benchmarks.timing import ROOT, Row, Timing, time_all
 from detcore.losses.segmentation import weak_segmentation_labels, weak_segmentation_term
 from detcore.models import get_model
 from detcore.structures import BACKGROUND, Targets, pad_targets
@@ -82,22 +81,20 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="JSON file; not written by --quick")
     options = parser.parse_args(arguments)
     setting = QUICK if options.quick else SETTING
-    torch.set_num_threads(1)
-    keeps = keep_memory()
-    timings = []
-    for build in rows(setting).values():
-        row = build()
-        row.check()
-        timings.append(measure(row, repeats=3 if options.quick else 15, budget=60.0))
-    print(table(timings, "other"))
+    timings = time_all(
+        rows(setting),
+        "other",
+        module="scod",
+        arguments=arguments,
+        output=None if options.quick else options.output,
+        setting=setting,
+        repeats=3 if options.quick else 15,
+        budget=60.0,
+    )
     cost = timings[0].ours_ms / timings[0].theirs_ms
     print(f"labels: {100 * cost:.2f} % of a step")
-    if not options.quick:
-        command = " ".join(["python -m benchmarks.scod", *(sys.argv[1:] if arguments is None else arguments)])
-        allocator = "keeps freed memory" if keeps else "system's default"
-        write(options.output, timings, command=command, allocator=allocator, setting=setting)
-        if cost > setting["limit"]:
-            raise SystemExit(f"benchmarks.scod: labels must cost at most {setting['limit']:.0%} of a step.")
+    if not options.quick and cost > setting["limit"]:
+        raise SystemExit(f"benchmarks.scod: labels must cost at most {setting['limit']:.0%} of a step.")
     return timings
 
 

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -92,6 +92,49 @@ def measure(
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     theirs_ms, ours_ms = (1000 * statistics.median(s) for s in seconds)
     return Timing(row.name, theirs_ms, ours_ms, statistics.median(ratios), low, high, len(ratios))
+
+
+def time_all(
+    builders: Mapping[str, Callable[[], Row]],
+    theirs: str,
+    *,
+    module: str,
+    arguments: Sequence[str] | None,
+    output: pathlib.Path | None,
+    setting: dict[str, object],
+    repeats: int,
+    budget: float,
+    keeps: bool = True,
+) -> list[Timing]:
+    """Check, time, print and write rows on one thread, each before the next is built.
+
+    Args:
+        builders: name of every row to what builds it.
+        theirs: the other side's name, for the table.
+        module: what is run, without ``benchmarks.``.
+        arguments: it was given; ``None`` for those of the command line.
+        output: the file to write after each row, so that a run that is cut short keeps what it has; ``None`` for none.
+        setting: to be kept with the results.
+        repeats: see :func:`measure`.
+        budget: see :func:`measure`.
+        keeps: whether the allocator is asked to keep memory.
+    """
+    torch.set_num_threads(1)
+    record = {
+        "command": " ".join([f"python -m benchmarks.{module}", *(sys.argv[1:] if arguments is None else arguments)]),
+        "allocator": "keeps freed memory" if keeps and keep_memory() else "system's default",
+        "setting": setting,
+    }
+    timings = []
+    for name, build in builders.items():
+        row = build()
+        row.check()
+        timings.append(measure(row, repeats=repeats, budget=budget))
+        print(f"{name}: {timings[-1].ratio:.3f}", file=sys.stderr, flush=True)
+        if output:
+            write(output, timings, **record)
+    print(table(timings, theirs))
+    return timings
 
 
 def keep_memory() -> bool:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import pathlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -24,7 +23,7 @@ from benchmarks.augmentation import augmentation_row
 from benchmarks.cases import CASES, Case, Maps
 from benchmarks.matching import matching_rows
 from benchmarks.synthetic import objects, pictures
-from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, table, write
+from benchmarks.timing import ROOT, Row, Timing, time_all
 from detcore import kernels
 from detcore.boxes import pairwise_iou
 from detcore.structures import Priors, pad_targets, to_dicts
@@ -410,26 +409,18 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     options = parser.parse_args(arguments)
     setting = QUICK if options.quick else Setting()
     setting = replace(setting, repeats=options.repeats or setting.repeats, budget=options.budget or setting.budget)
-
-    torch.set_num_threads(1)
-    keeps = options.malloc == "keep" and keep_memory()
-    record = {
-        "command": " ".join(["python -m benchmarks.torchvision", *(sys.argv[1:] if arguments is None else arguments)]),
-        "allocator": "keeps freed memory" if keeps else "system's default",
-        "setting": asdict(setting),
-    }
-    timings = []
-    for name, build in rows(setting).items():
-        if options.only in name:
-            row = build()
-            row.check()
-            timings.append(measure(row, repeats=setting.repeats, budget=setting.budget))
-            print(f"{name}: {timings[-1].ratio:.2f}", file=sys.stderr, flush=True)
-            is_whole = not options.only or options.output != OUTPUT
-            if is_whole and not options.quick:  # after each row: a run that is cut short keeps what it has
-                write(options.output, timings, **record)
-    print(table(timings, "torchvision"))
-    return timings
+    is_whole = not options.only or options.output != OUTPUT
+    return time_all(
+        {name: build for name, build in rows(setting).items() if options.only in name},
+        "torchvision",
+        module="torchvision",
+        arguments=arguments,
+        output=options.output if is_whole and not options.quick else None,
+        setting=asdict(setting),
+        repeats=setting.repeats,
+        budget=setting.budget,
+        keeps=options.malloc == "keep",
+    )
 
 
 if __name__ == "__main__":

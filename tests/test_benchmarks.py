@@ -137,7 +137,7 @@ def test_both_ways_to_convolve_agree(precision, is_ready):
 
 def test_convolutions_are_timed_and_written(monkeypatch, tmp_path):
     monkeypatch.setattr(convolutions, "MAPS", ((1, 4, 4, 8),))
-    monkeypatch.setattr(convolutions, "keep_memory", lambda: False)  # it would hold for all tests after this one
+    monkeypatch.setattr(timing, "keep_memory", lambda: False)  # it would hold for all tests after this one
     timings = convolutions.main(["--output", str(tmp_path / "convolutions.json")])
     record = json.loads((tmp_path / "convolutions.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in record["rows"]] == [timing.name for timing in timings]
