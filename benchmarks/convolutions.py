@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="JSON file")
     options = parser.parse_args(arguments)
     return time_all(
-        {name: build for name, build in rows().items() if options.only in name},
+        rows,
         "torch",
         module="convolutions",
         arguments=arguments,
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
         setting=asdict(Setting()),
         repeats=Setting().repeats,
         budget=Setting().budget,
+        only=options.only,
     )
 
 

@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     options = parser.parse_args(arguments)
     setting = replace(QUICK if options.quick else Setting(), budget=options.budget)
     return time_all(
-        rows(setting),
+        functools.partial(rows, setting),
         "alone",
         module="limits",
         arguments=arguments,

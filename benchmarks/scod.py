@@ -5,6 +5,7 @@ The trunk is the small one: on a ResNet the step is longer and the labels cost t
 """
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     options = parser.parse_args(arguments)
     setting = QUICK if options.quick else SETTING
     timings = time_all(
-        rows(setting),
+        functools.partial(rows, setting),
         "other",
         module="scod",
         arguments=arguments,

@@ -1,9 +1,11 @@
 """Two ways of doing one thing, timed side by side so that other users of the machine disturb both alike."""
 
 import ctypes
+import functools
 import gc
 import json
 import math
+import multiprocessing
 import pathlib
 import platform
 import resource
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -64,7 +67,7 @@ class Timing:
 def measure(
     row: Row, *, repeats: int, budget: float = math.inf, clock: Callable[[], float] = time.process_time
 ) -> Timing:
-    """Time both sides in turns, each first in every other repeat, after one run of each that does not count.
+    """Time both sides in turns, each first in every other repeat, after two runs of each that do not count.
 
     On a processor the clock is the process's own time: on shared cores wall time measures the neighbours.
 
@@ -77,7 +80,7 @@ def measure(
     if repeats < 2:
         raise ValueError(f"measure: repeats must be >= 2; got {repeats}.")
     sides = [row.theirs, row.ours]
-    for side in sides:
+    for side in sides + sides:  # until then they take memory from the system
         side()
     gc.collect()
     seconds: list[list[float]] = [[], []]
@@ -95,7 +98,7 @@ def measure(
 
 
 def time_all(
-    builders: Mapping[str, Callable[[], Row]],
+    rows: Callable[[], Mapping[str, Callable[[], Row]]],
     theirs: str,
     *,
     module: str,
@@ -104,12 +107,14 @@ def time_all(
     setting: dict[str, object],
     repeats: int,
     budget: float,
+    only: str = "",
     keeps: bool = True,
+    is_apart: bool = False,
 ) -> list[Timing]:
     """Check, time, print and write rows on one thread, each before the next is built.
 
     Args:
-        builders: name of every row to what builds it.
+        rows: makes the name of every row to what builds it; of a module, if each has its process.
         theirs: the other side's name, for the table.
         module: what is run, without ``benchmarks.``.
         arguments: it was given; ``None`` for those of the command line.
@@ -117,24 +122,37 @@ def time_all(
         setting: to be kept with the results.
         repeats: see :func:`measure`.
         budget: see :func:`measure`.
+        only: part of the names of the rows to run.
         keeps: whether the allocator is asked to keep memory.
+        is_apart: each row in a process of its own. Else a row that took gigabytes leaves its memory to those after it,
+            scattered, and theirs and ours do not suffer alike.
     """
-    torch.set_num_threads(1)
-    record = {
-        "command": " ".join([f"python -m benchmarks.{module}", *(sys.argv[1:] if arguments is None else arguments)]),
-        "allocator": "keeps freed memory" if keeps and keep_memory() else "system's default",
-        "setting": setting,
-    }
+    command = " ".join([f"python -m benchmarks.{module}", *(sys.argv[1:] if arguments is None else arguments)])
     timings = []
-    for name, build in builders.items():
-        row = build()
-        row.check()
-        timings.append(measure(row, repeats=repeats, budget=budget))
-        print(f"{name}: {timings[-1].ratio:.3f}", file=sys.stderr, flush=True)
+    for name in [name for name in rows() if only in name]:
+        work = functools.partial(_time, rows, name, repeats=repeats, budget=budget, keeps=keeps)
+        if is_apart:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                timing, is_kept = pool.submit(work).result()
+        else:
+            timing, is_kept = work()
+        timings.append(timing)
+        print(f"{name}: {timing.ratio:.3f}", file=sys.stderr, flush=True)
         if output:
-            write(output, timings, **record)
+            allocator = ("keeps freed memory" if is_kept else "system's default") + ", a process a row" * is_apart
+            write(output, timings, command=command, allocator=allocator, setting=setting)
     print(table(timings, theirs))
     return timings
+
+
+def _time(
+    rows: Callable[[], Mapping[str, Callable[[], Row]]], name: str, *, repeats: int, budget: float, keeps: bool
+) -> tuple[Timing, bool]:
+    torch.set_num_threads(1)
+    is_kept = keeps and keep_memory()
+    row = rows()[name]()
+    row.check()
+    return measure(row, repeats=repeats, budget=budget), is_kept
 
 
 def keep_memory() -> bool:

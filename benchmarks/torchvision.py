@@ -411,7 +411,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     setting = replace(setting, repeats=options.repeats or setting.repeats, budget=options.budget or setting.budget)
     is_whole = not options.only or options.output != OUTPUT
     return time_all(
-        {name: build for name, build in rows(setting).items() if options.only in name},
+        functools.partial(rows, setting),
         "torchvision",
         module="torchvision",
         arguments=arguments,
@@ -419,7 +419,9 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
         setting=asdict(setting),
         repeats=setting.repeats,
         budget=setting.budget,
+        only=options.only,
         keeps=options.malloc == "keep",
+        is_apart=True,
     )
 
 

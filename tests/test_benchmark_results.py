@@ -56,7 +56,7 @@ def test_goals_that_are_missed_are_named_and_ours_is_not_slower(name, goal):
 )
 def test_goals_of_large_pictures_are_met_with_the_systems_allocator(name, goal):
     record = json.loads((RESULTS / "torchvision_malloc.json").read_text(encoding="utf-8"))
-    assert record["allocator"] == "system's default"
+    assert record["allocator"].startswith("system's default")
     assert rows("torchvision_malloc.json")[name]["ratio"] >= goal
 
 
