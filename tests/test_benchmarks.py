@@ -95,7 +95,7 @@ def test_objects_are_sound_boxes():
 
 
 def test_measure_takes_the_median_of_paired_ratios():
-    now, cost = [0.0], iter([9.0, 9.0, 9.0, 9.0, 2.0, 1.0, 4.0, 8.0, 3.0, 1.0])  # warm-up; then by turns, every other swapped
+    now, cost = [0.0], iter([9.0, 9.0, 9.0, 9.0, 2.0, 1.0, 4.0, 8.0, 3.0, 1.0])  # 4 warm up; pairs swap
 
     def work():
         now[0] += next(cost)
