@@ -128,6 +128,7 @@ def time_all(
             scattered, and theirs and ours do not suffer alike.
     """
     command = " ".join([f"python -m benchmarks.{module}", *(sys.argv[1:] if arguments is None else arguments)])
+    torch.set_num_threads(1)  # here too, since write() says how many there were
     timings = []
     for name in [name for name in rows() if only in name]:
         work = functools.partial(_time, rows, name, repeats=repeats, budget=budget, keeps=keeps)
