@@ -131,7 +131,7 @@ ZOO = {
     "fcos_improved": Row({"cls", "box", "centerness"}, 844_893, {"centerness": 1}, "centerness", **POINTS),
     "fcos_association": Row({"cls", "box", "association"}, 844_316, steps=120, **{**POINTS, "normalisers": {}}),
     "iou_aware_fcos": Row(
-        {"cls", "box", "centerness", "iou"}, 845_470, {"centerness": 1, "iou": 1}, "iou", steps=150, **POINTS
+        {"cls", "box", "centerness", "iou"}, 845_470, {"centerness": 1, "iou": 1}, "iou", steps=250, **POINTS
     ),
     "ssd300": Row({"cls", "box"}, 732_576, **LEVELS_300),
     "ssd512": Row({"cls", "box"}, 780_848, like="ssd300", **LEVELS_512),
