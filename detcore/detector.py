@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detcore.inference import Precision, ready_to_detect
 from detcore.losses.terms import LossTerm
-from detcore.nn.convolution import use_winograd
+from detcore.nn.convolution import use_fast_convolutions
 from detcore.nn.inputs import ImageInput
 from detcore.postprocess import Selector
 from detcore.priors import CachedPriors, PriorGenerator
@@ -97,7 +97,7 @@ class DenseDetector(nn.Module):
         super().__init__()
         self.inputs = inputs or ImageInput()
         self.body, self.head = body, head
-        use_winograd(self)
+        use_fast_convolutions(self)
         self.priors = priors if isinstance(priors, CachedPriors) else CachedPriors(priors)
         self.num_classes, self.spec = num_classes, dict(spec)
         self.assign, self.score, self.select = assign, score, select

@@ -13,13 +13,17 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detcore.kernels import enabled
-from detcore.kernels.winograd import best_form, winograd_convolution, winograd_weights
-from detcore.nn.convolution import Conv3x3
+from detcore.kernels.halves import HAS, multiplied_as
+from detcore.kernels.winograd import winograd_convolution, winograd_weights
+from detcore.nn.convolution import FAST, FastConv2d
 
-__all__ = ["PackedConv2d", "PackedConv3x3", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
+__all__ = ["PackedConv2d", "Precision", "best_precision", "fold_batch_norm", "ready_to_detect"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 _M = TypeVar("_M", bound=nn.Module)
+
+FOLDED = {*FAST, *FAST.values()}
+"""Convolutions that take up a batch norm."""
 
 SIZES_KEPT = 10
 """Sizes of maps that a convolution keeps its weights for: the five levels of pictures that lie and that stand."""
@@ -138,14 +142,14 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             continue
         for first, second in pairs:
             conv, norm = getattr(parent, first), getattr(parent, second)
-            if type(conv) in (nn.Conv2d, Conv3x3, nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
+            if type(conv) in FOLDED and isinstance(norm, nn.BatchNorm2d):
                 yield parent, first, second
 
 
-class PackedConv2d(nn.Conv2d):
-    """A convolution that keeps its weights as oneDNN wants them, where plain ones are rearranged in every call.
+class PackedConv2d(FastConv2d):
+    """A convolution that keeps its weights as oneDNN or Winograd's way wants them; others arrange them in every call.
 
-    Elsewhere than on a processor, in a compiled graph, under autocast and where gradients are wanted it is a plain one.
+    So does it elsewhere than on a processor, in a compiled graph, under autocast and where gradients are wanted.
 
     Example:
         >>> conv, x = PackedConv2d(2, 3, 1).requires_grad_(False), torch.ones(1, 2, 4, 4)
@@ -159,11 +163,25 @@ class PackedConv2d(nn.Conv2d):
         """The convolution of ``x``."""
         if torch.compiler.is_compiling() or not self._is_packable(x):
             return super().forward(x)
+        dtype = _multiplied_in(x)
+        return self._by_packed(x.to(dtype), None if self.bias is None else self.bias.to(dtype)).to(x.dtype)
+
+    def _by_packed(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        form = self._best_form(x, x.dtype, is_ready=True) if enabled() else None
+        if form is not None:
+            weights = self._kept(form, lambda: winograd_weights(self.weight.to(x.dtype), form))
+            return winograd_convolution(x, weights, bias)
         shape = (self.padding, self.stride, self.dilation, self.groups)
         weight = self._kept(
-            x.shape, lambda: torch.ops.mkldnn._reorder_convolution_weight(self.weight, *shape, list(x.shape))
+            x.shape,
+            lambda: torch.ops.mkldnn._reorder_convolution_weight(self.weight.to(x.dtype), *shape, list(x.shape)),
         )  # in the order that maps of this very size want; in another, a call can take 100 times as long
-        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *shape, "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, "none", [], "")
+
+    def _best_form(self, x: Tensor, dtype: torch.dtype, *, is_ready: bool = False) -> int | None:
+        # in a graph without gradients weights are frozen, and what is made of them is kept with it
+        is_ready = is_ready or (torch.compiler.is_compiling() and not torch.is_grad_enabled())
+        return super()._best_form(x, dtype, is_ready=is_ready)
 
     def _kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """The weights rearranged, made at the first call for a key; the keys used last are kept."""
@@ -186,7 +204,7 @@ class PackedConv2d(nn.Conv2d):
             and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
             and torch.backends.mkldnn.enabled
             and x.dtype == self.weight.dtype
-            and x.dtype in (torch.float32, torch.bfloat16)
+            and _is_ordered(_multiplied_in(x))
             and x.ndim == 4
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
@@ -199,27 +217,14 @@ class PackedConv2d(nn.Conv2d):
         return {key: value for key, value in vars(self).items() if key != "_packed"}
 
 
-class PackedConv3x3(PackedConv2d, Conv3x3):
-    """A convolution of 3 x 3 that keeps its weights, as oneDNN or as Winograd's way wants them.
-
-    Example:
-        >>> conv = PackedConv3x3(128, 128, 3, padding=1).requires_grad_(False)
-        >>> x = torch.ones(1, 40, 40, 128).permute(0, 3, 1, 2)
-        >>> bool((conv(x) - nn.Conv2d.forward(conv, x)).abs().max() < 1e-4)
-        True
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution of ``x``."""
-        is_compiled = torch.compiler.is_compiling()
-        is_ready = not torch.is_grad_enabled() if is_compiled else self._is_packable(x)
-        form = best_form(x, self.weight, x.dtype, is_ready=True) if enabled() and is_ready else None
-        if form is None:
-            return super().forward(x)
-        if is_compiled:  # with frozen weights, what is made of them is kept with the graph
-            return winograd_convolution(x, winograd_weights(self.weight, form), self.bias)
-        return winograd_convolution(x, self._kept(form, lambda: winograd_weights(self.weight, form)), self.bias)
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    return multiplied_as(x.dtype) if enabled() else x.dtype
 
 
-READY = {nn.Conv2d: PackedConv2d, Conv3x3: PackedConv3x3}
+def _is_ordered(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has an order of its own for weights of this type on this processor."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and HAS[dtype])
+
+
+READY = {nn.Conv2d: PackedConv2d, FastConv2d: PackedConv2d}
 """What becomes of a convolution that is made ready."""

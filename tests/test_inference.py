@@ -11,12 +11,12 @@ from torch.testing import assert_close
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detcore import inference, kernels
-from detcore.inference import SIZES_KEPT, PackedConv2d, PackedConv3x3, best_precision, fold_batch_norm
-from detcore.kernels import winograd
+from detcore.inference import SIZES_KEPT, PackedConv2d, best_precision, fold_batch_norm
+from detcore.kernels import halves, winograd
 from detcore.kernels.winograd import winograd_weights
 from detcore.models import get_model
 from detcore.nn import FixedBatchNorm2d
-from detcore.nn.convolution import Conv3x3
+from detcore.nn.convolution import FastConv2d
 from detcore.structures import to_dicts
 from tests.samples import no_hook
 from tests.test_models import redraw
@@ -332,8 +332,9 @@ def test_an_unknown_precision_is_refused():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
 def test_weights_for_winograds_way_are_kept_and_follow_the_weights(dtype, tolerance, monkeypatch):
     monkeypatch.setitem(winograd.HAS, dtype, True)
-    conv = Conv3x3(256, 256, 3, padding=1).requires_grad_(False).to(dtype)
-    ready = PackedConv3x3(256, 256, 3, padding=1).requires_grad_(False).to(dtype)
+    monkeypatch.setitem(halves.HAS, dtype, True)
+    conv = FastConv2d(256, 256, 3, padding=1).requires_grad_(False).to(dtype)
+    ready = PackedConv2d(256, 256, 3, padding=1).requires_grad_(False).to(dtype)
     ready.load_state_dict(conv.state_dict())
     x = torch.randn(1, 256, 40, 40, dtype=dtype).to(memory_format=torch.channels_last)
     made = []
@@ -353,7 +354,7 @@ def test_weights_for_winograds_way_are_kept_and_follow_the_weights(dtype, tolera
 @pytest.mark.compile
 def test_compiled_for_inference_it_is_one_graph(monkeypatch):
     monkeypatch.setitem(winograd.HAS, torch.float32, True)
-    ready = PackedConv3x3(128, 128, 3, padding=1).requires_grad_(False)
+    ready = PackedConv2d(128, 128, 3, padding=1).requires_grad_(False)
     x = torch.randn(1, 128, 40, 40).to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert_close(torch.compile(ready, fullgraph=True)(x), ready(x), rtol=1e-4, atol=1e-4)

@@ -5,15 +5,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.testing import assert_close
 
 from detcore import kernels
-from detcore.kernels import _tiles, winograd
+from detcore.kernels import _tiles, halves, winograd
 from detcore.kernels.winograd import best_form, winograd_convolution, winograd_weights
 from detcore.models import get_model
 from detcore.nn import convolution
-from detcore.nn.convolution import Conv3x3, use_winograd
+from detcore.nn.convolution import FastConv2d
 
 FORMS = pytest.mark.parametrize("products", [16, 36])
 
@@ -23,6 +22,7 @@ def pays(monkeypatch):
     """As on a processor where it pays."""
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setitem(winograd.HAS, dtype, True)
+        monkeypatch.setitem(halves.HAS, dtype, True)
 
 
 @pytest.fixture
@@ -177,6 +177,7 @@ def test_other_processors_convolve_plainly(monkeypatch):
         assert best_form(X, WEIGHT, dtype) is None
 
 
+@pytest.mark.usefixtures("pays")
 @pytest.mark.parametrize(
     "option",
     [
@@ -191,11 +192,12 @@ def test_other_processors_convolve_plainly(monkeypatch):
     ],
     ids=str,
 )
-def test_only_convolutions_that_can_are_changed(option):
+def test_only_convolutions_that_can_are_computed_so(option, taken):
     usual = {"in_channels": 128, "out_channels": 128, "kernel_size": 3, "padding": 1}
-    net = nn.Sequential(nn.Conv2d(**usual), nn.Conv2d(**{**usual, **option}))
-    use_winograd(net)
-    assert [type(m) for m in net] == [Conv3x3, nn.Conv2d]
+    x = maps(4, 128, 40, 40)
+    FastConv2d(**usual).to(memory_format=torch.channels_last)(x)
+    FastConv2d(**{**usual, **option}).to(memory_format=torch.channels_last)(x)
+    assert taken == [36]
 
 
 @pytest.mark.usefixtures("pays")
@@ -217,7 +219,7 @@ def test_detectors_use_it_with_their_weights_and_names_unchanged(taken):
 
 @pytest.mark.usefixtures("pays")
 def test_autocast_computes_in_bfloat16_and_keeps_weights_in_float32(taken):
-    conv = Conv3x3(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
+    conv = FastConv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
     x = maps(4, 256, 20, 20)
     slopes = []
     for context in (torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False)):
@@ -234,7 +236,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_weights_in_float32(taken):
 @pytest.mark.compile
 @pytest.mark.usefixtures("pays")
 def test_compiled_it_is_one_graph_with_the_same_slopes():
-    conv = Conv3x3(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
+    conv = FastConv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
     x = maps(4, 128, 16, 16).requires_grad_()
     wanted = torch.autograd.grad(conv(x).square().sum(), [x, *conv.parameters()])
     found = torch.autograd.grad(torch.compile(conv, fullgraph=True)(x).square().sum(), [x, *conv.parameters()])

@@ -20,7 +20,7 @@ from detcore.losses.terms import iou_quality_term
 from detcore.models import get_model
 from detcore.models.fcos import fcos, from_torchvision
 from detcore.nn import DenseHead, Exp, Scale
-from detcore.nn.convolution import Conv3x3
+from detcore.nn.convolution import FastConv2d
 from detcore.priors import PointGenerator
 from detcore.structures import pad_targets
 from tests import reference
@@ -50,8 +50,8 @@ def test_towers_are_normalised_in_groups_of_eight_channels():
         towers = [fcos(num_classes=3, channels=c).head.box_tower for c in (256, 64)]
         bare = fcos(num_classes=3, group_norm=False).head.box_tower
     assert [[m.num_groups for m in tower if isinstance(m, nn.GroupNorm)] for tower in towers] == [[32] * 4, [8] * 4]
-    assert [type(m) for m in towers[0]] == [Conv3x3, nn.GroupNorm, nn.ReLU] * 4
-    assert [type(m) for m in bare] == [Conv3x3, nn.ReLU] * 4
+    assert [type(m) for m in towers[0]] == [FastConv2d, nn.GroupNorm, nn.ReLU] * 4
+    assert [type(m) for m in bare] == [FastConv2d, nn.ReLU] * 4
 
 
 @pytest.mark.parametrize(

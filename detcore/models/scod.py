@@ -18,6 +18,7 @@ from detcore.detector import DenseDetector
 from detcore.losses.segmentation import Closed, area_ranges, weak_segmentation_term
 from detcore.models.dssd import dssd
 from detcore.models.retinanet import retinanet
+from detcore.nn.convolution import use_fast_convolutions
 from detcore.nn.deconvolution import DeconvolutionPyramid, batch_norm, group_norm
 from detcore.nn.dilated import DilatedResNetTrunk
 from detcore.nn.scws import SegmentationBlocks, SegmentedPyramid
@@ -162,9 +163,7 @@ def scod(
         attention=attention,
         norm=batch_norm if isinstance(pyramid.trunk, DilatedResNetTrunk) else group_norm,
     )
-    detector.body = SegmentedDeconvolution(pyramid, parts, position)
-    detector.losses["scws"] = (seg_weight, partial(weak_segmentation_term, closed=closed))
-    return detector
+    return _taught(detector, SegmentedDeconvolution(pyramid, parts, position), seg_weight, closed)
 
 
 def retinanet_scws(
@@ -210,7 +209,13 @@ def retinanet_scws(
         attention=attention,
         norm=group_norm,
     )
-    detector.body = SegmentedPyramid(detector.body, parts)
+    return _taught(detector, SegmentedPyramid(detector.body, parts), seg_weight, closed)
+
+
+def _taught(detector: DenseDetector, body: nn.Module, seg_weight: float, closed: Closed | None) -> DenseDetector:
+    """The detector on a body with blocks, and their loss."""
+    use_fast_convolutions(body)
+    detector.body = body
     detector.losses["scws"] = (seg_weight, partial(weak_segmentation_term, closed=closed))
     return detector
 

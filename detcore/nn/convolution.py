@@ -1,22 +1,25 @@
-"""Convolutions of 3 x 3 that a processor computes Winograd's way where that pays."""
+"""Convolutions that a processor computes the fastest way it has; elsewhere they are torch's."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detcore.kernels import enabled
+from detcore.kernels.halves import in_float32, multiplied_as
 from detcore.kernels.winograd import best_form, winograd_convolution, winograd_weights
 
-__all__ = ["Conv3x3", "use_winograd"]
+__all__ = ["FastConv2d", "FastConvTranspose2d", "use_fast_convolutions"]
 
 
-class Conv3x3(nn.Conv2d):
-    """``nn.Conv2d`` of 3 x 3, its maps kept their size: on a processor with fewer multiplications.
+class FastConv2d(nn.Conv2d):
+    """``nn.Conv2d``, on a processor the fastest way there is.
 
-    Only where that is faster, which :func:`detcore.kernels.winograd.best_form` knows; otherwise, and under
+    3 x 3 with fewer multiplications where :func:`detcore.kernels.winograd.best_form` knows that to pay. Half precision
+    in float32 where the processor has none (:mod:`detcore.kernels.halves`). Otherwise, and under
     :func:`detcore.kernels.disable`, it is ``nn.Conv2d``.
 
     Example:
-        >>> conv, x = Conv3x3(128, 128, 3, padding=1), torch.rand(1, 128, 40, 40)
+        >>> conv, x = FastConv2d(128, 128, 3, padding=1), torch.rand(1, 128, 40, 40)
         >>> last = x.to(memory_format=torch.channels_last)
         >>> bool((conv(last) - conv(x)).abs().max() < 1e-4)
         True
@@ -24,29 +27,72 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of x."""
-        is_tried = enabled() and x.device.type == "cpu"
-        dtype = torch.get_autocast_dtype("cpu") if is_tried and torch.is_autocast_enabled("cpu") else x.dtype
-        form = best_form(x, self.weight, dtype) if is_tried else None
-        if form is None:
+        if not _may_choose(x):
             return super().forward(x)
-        weights = winograd_weights(self.weight, form).to(dtype)
-        return winograd_convolution(x.to(dtype), weights, None if self.bias is None else self.bias.to(dtype))
+        dtype = _computed_in(x)
+        if multiplied_as(dtype) != dtype:
+            return in_float32(self._convolve, x, self.weight, self.bias, dtype)
+        return self._convolve(x, self.weight, self.bias)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = _computed_in(x)
+        form = self._best_form(x, dtype)
+        if form is None:
+            return self._conv_forward(x, weight, bias)
+        weights = winograd_weights(weight, form).to(dtype)
+        return winograd_convolution(x.to(dtype), weights, None if bias is None else bias.to(dtype))
+
+    def _best_form(self, x: Tensor, dtype: torch.dtype, *, is_ready: bool = False) -> int | None:
+        return best_form(x, self.weight, dtype, is_ready=is_ready) if self._keeps_size() else None
+
+    def _keeps_size(self) -> bool:
+        numbers = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        return numbers == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
-def use_winograd(module: nn.Module) -> None:
-    """Let every ``nn.Conv2d`` in a module that can be a :class:`Conv3x3` be one; its weights and state stay.
+class FastConvTranspose2d(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d``, half precision in float32 where the processor has none.
 
     Example:
-        >>> net = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.Conv2d(3, 64, 3, padding=1))
-        >>> use_winograd(net)
+        >>> FastConvTranspose2d(2, 3, 2, stride=2)(torch.rand(1, 2, 4, 4)).shape
+        torch.Size([1, 3, 8, 8])
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution of x."""
+        dtype = _computed_in(x)
+        if output_size is not None or not _may_choose(x) or multiplied_as(dtype) == dtype:
+            return super().forward(x, output_size)
+        return in_float32(self._convolve, x, self.weight, self.bias, dtype)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv_transpose2d(
+            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+
+
+FAST = {nn.Conv2d: FastConv2d, nn.ConvTranspose2d: FastConvTranspose2d}
+"""What becomes of a convolution."""
+
+
+def use_fast_convolutions(module: nn.Module) -> None:
+    """Let every convolution in a module be its fast form; weights, names and state stay.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU())
+        >>> use_fast_convolutions(net)
         >>> [type(m).__name__ for m in net]
-        ['Conv3x3', 'Conv2d']
+        ['FastConv2d', 'ReLU']
     """
     for part in module.modules():
-        if type(part) is nn.Conv2d and _keeps_size(part) and min(part.weight.shape[:2]) >= 128:
-            part.__class__ = Conv3x3
+        part.__class__ = FAST.get(type(part), type(part))
 
 
-def _keeps_size(conv: nn.Conv2d) -> bool:
-    numbers = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return numbers == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+def _may_choose(x: Tensor) -> bool:
+    return enabled() and x.device.type == "cpu"
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The type of the result: that of autocast, if it is on."""
+    is_cast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.get_autocast_dtype("cpu") if is_cast else x.dtype
