@@ -12,9 +12,11 @@ Under :func:`detcore.kernels.compiled` all steps become one loop, which is faste
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from detcore.kernels import uses_compiled
@@ -23,8 +25,15 @@ from detcore.structures import IGNORE
 
 __all__ = ["focal_sum", "focal_sum_applies", "quality_focal_sum", "quality_focal_sum_applies"]
 
-PIECE = 131072
+PIECE = 262144
 """Logits a piece and thread: four arrays of them stay in the cache, and calls are few."""
+
+ARTANH: list[float] = (
+    Chebyshev.interpolate(lambda square: np.arctanh(square**0.5) / square**0.5, 4, domain=[0, 1 / 9])
+    .convert(kind=Polynomial)
+    .coef.tolist()
+)
+"""artanh(t) / t as a polynomial of t^2, for t up to 1/3: wrong by 4e-9 at most."""
 
 Own = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Loss and slope of the positives' own entries, of their logits and the numbers of these positives."""
@@ -156,28 +165,28 @@ def _in_pieces(x: Tensor, own: tuple[Tensor, Tensor], weights: Tensor, power: fl
     for i, (piece, weight, into, slopes) in enumerate(zip(*pieces, gradients, strict=False)):
         wide = piece.to(weights.dtype)
         p = wide.sigmoid()
-        half = _half_surprise(wide, p)
+        rest = 1 - p
+        minus_surprise = _minus_surprise(wide, p, rest)
         factor = _weighted_power(p, weight, power)
         mine = slice(of_piece[i], of_piece[i + 1])
         if mine.start < mine.stop:
             factor[own[0][mine] - i * count, own[1][mine]] = 0
-        torch.sum(factor * half, 1, out=into)
+        torch.sum(factor * minus_surprise, 1, out=into)
         if slopes is not None:
-            half.addcmul_(half, p, value=-1)  # (1 - p) s / 2
-            torch.mul(p.add_(half, alpha=2 * power), factor, out=slopes)
-    return sums.mul_(2)
+            torch.mul(p.sub_(rest.mul_(minus_surprise), alpha=power), factor, out=slopes)
+    return sums.neg_()
 
 
-def _half_surprise(x: Tensor, p: Tensor) -> Tensor:
-    """ln(1 + e^x) / 2, without an exponential where no p is so near 1 that 1 - p has lost its digits.
+def _minus_surprise(x: Tensor, p: Tensor, rest: Tensor) -> Tensor:
+    """-ln(1 + e^x) = ln(1 - p), where no p is so near 1 that 1 - p has few digits left.
 
-    There by -ln(1 - p) = 2 artanh(p / (2 - p)), which keeps the digits of a small p. So does log1p, in half the time in
-    some processes and in three times as long in others on the same machine.
+    What 1 - p has lost by rounding is added as far as it is linear, so a small p keeps its digits. log1p does all that
+    at once, in half the time in some processes and in three times as long in others on the same machine.
     """
-    if x.amax() > 3:
-        return F.softplus(x, threshold=80.0).div_(2)
-    ratio = 2 - p
-    return torch.div(p, ratio, out=ratio).atanh_()
+    if p.amax() > 0.9975:  # 6 as a logit: 2e-6 of the surprise would be lost
+        return F.softplus(x, threshold=80.0).neg_()
+    lost = (rest - 1).add_(p)  # both exact
+    return torch.log(rest).addcdiv_(lost, rest, value=-1)
 
 
 def _weighted_power(p: Tensor, weights: Tensor, power: float) -> Tensor:
@@ -191,17 +200,28 @@ def _compiled(power: float) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor
     """What :func:`_in_pieces` does, as one loop."""
 
     def sweep(x, labels, weights, gradient):
-        own = labels[:, None] == torch.arange(x.shape[1], dtype=labels.dtype)
         wide = x.to(weights.dtype)
         grown = torch.exp(-wide.abs())  # never overflows
         larger = 1 / (1 + grown)
-        smaller = grown * larger
-        p, rest = torch.where(wide >= 0, larger, smaller), torch.where(wide >= 0, smaller, larger)
-        # ln(1 + grown), with what the addition rounds away; log1p takes twice as long
-        log = torch.log(1 + grown) + (grown - ((1 + grown) - 1)) * larger
-        surprise = torch.where(wide >= 0, wide, 0.0) + log
+        p = torch.where(wide >= 0, larger, grown * larger)
+        surprise = torch.relu(wide) + _log1p(grown)
+        own = labels[:, None] == torch.arange(x.shape[1], dtype=labels.dtype)
         factor = torch.where(own, 0.0, weights[:, None] * (p * p if power == 2 else p**power))
-        gradient.copy_(factor * (p + power * rest * surprise))
+        gradient.copy_(factor * (p + power * (1 - p) * surprise))
         return (factor * surprise).sum(1)
 
     return torch.compile(sweep)
+
+
+def _log1p(z: Tensor) -> Tensor:
+    """ln(1 + z) of 0 to 1, in float32 by a few multiplications: a compiled loop takes them twice as fast as a log.
+
+    ln(1 + z) = 2 artanh(t) with t = z / (2 + z), at most 1/3, so artanh(t) / t is short as a polynomial of t^2.
+    """
+    if z.dtype == torch.float64:
+        return z.log1p()
+    t = z / (2 + z)
+    square, total = t * t, ARTANH[-1]
+    for coefficient in ARTANH[-2::-1]:
+        total = total * square + coefficient
+    return 2 * t * total
