@@ -32,8 +32,6 @@ CLASSES = 80
 WIDTH, HEIGHT = 640, 480
 NUMBERS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 NUMBERS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
-MUSTS = {"pycocotools": 25.0, "faster-coco-eval": 3.0}
-"""How many times faster ours has to be at the largest number of pictures."""
 TOLERANCE = {"pycocotools": 0.0, "faster-coco-eval": 1e-12}
 """By how much the twelve numbers may differ from ours; faster-coco-eval divides in another order than pycocotools."""
 
@@ -250,19 +248,8 @@ def available() -> tuple[list[str], dict[str, str]]:
     return [name for name in ENGINES if name != "faster-coco-eval"], {"faster-coco-eval": reason}
 
 
-def missed(timings: list[EngineTiming]) -> list[str]:
-    """What falls short of :data:`MUSTS` at the largest number of pictures."""
-    most = max(timing.pictures for timing in timings)
-    return [
-        f"evaluate + accumulate must be at least {least:g} times faster than {name}; got {timing.ratio:.1f}"
-        for name, least in MUSTS.items()
-        for timing in timings
-        if timing.pictures == most and timing.name.endswith(f"evaluate + accumulate, {name}") and timing.ratio < least
-    ]
-
-
 def main(arguments: list[str] | None = None) -> list[EngineTiming]:
-    """Compare, print, write; fail where a must is missed."""
+    """Compare, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="50 pictures, 2 rounds: does it run? not a result")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each engine and number of pictures, >= 2")
@@ -298,8 +285,6 @@ def main(arguments: list[str] | None = None) -> list[EngineTiming]:
         if "evaluate" in timing.name:
             print(f"{timing.name}: peak {timing.theirs_peak_mb:.0f} MB, ours {timing.ours_peak_mb:.0f} MB")
     print("the twelve numbers of pycocotools and detcore are equal to the last bit")
-    if not options.quick and missed(timings):
-        raise SystemExit(f"benchmarks.evaluation: {'; '.join(missed(timings))}.")
     return timings
 
 

@@ -129,8 +129,13 @@ def time_all(
     """
     command = " ".join([f"python -m benchmarks.{module}", *(sys.argv[1:] if arguments is None else arguments)])
     torch.set_num_threads(1)  # here too, since write() says how many there were
+    names = [name for name in rows() if only in name]
+    if not names:
+        raise SystemExit(
+            f"benchmarks.{module}: --only must be part of a row's name; got {only!r}, of {', '.join(rows())}."
+        )
     timings = []
-    for name in [name for name in rows() if only in name]:
+    for name in names:
         work = functools.partial(_time, rows, name, repeats=repeats, budget=budget, keeps=keeps)
         if is_apart:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -208,7 +213,7 @@ def write(
         **_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": ({"gpu": device} if device else {})
-        | {"processor": _processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        | {"processor": processor(), "threads": torch.get_num_threads(), "system": platform.platform()},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "clock": clock,
         "allocator": allocator,
@@ -231,7 +236,7 @@ def _commit() -> dict[str, object]:
         return {"commit": None, "modified": None}
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name and the instruction sets that decide bfloat16's speed."""
     info = pathlib.Path("/proc/cpuinfo")
     if not info.exists():

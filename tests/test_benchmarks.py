@@ -19,6 +19,7 @@ from benchmarks.torchvision import (
     step_row,
 )
 from detcore.data.transforms import ssd_transform
+from detcore.kernels import halves
 from detcore.kernels.winograd import winograd_convolution
 
 # Not below 65 pixels: there P7 is made from a map of one cell, and the weight gradient of that convolution in
@@ -127,10 +128,12 @@ def test_network_alone_teaches_every_weight_as_a_step_does(name):
     limits.rows(SMALL)[name]().check()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "has_bf16"), [("fp32", True), ("bf16", True), ("bf16", False)])
 @pytest.mark.parametrize("is_ready", [True, False])
-def test_both_ways_to_convolve_agree(precision, is_ready):
+def test_both_ways_to_convolve_agree(precision, has_bf16, is_ready, monkeypatch):
+    monkeypatch.setitem(halves.HAS, torch.bfloat16, has_bf16)
     row = convolutions.convolution_row((2, 8, 12, 9), precision, is_ready=is_ready)
+    assert row.name.endswith(precision if has_bf16 else "bf16 in float32")
     row.check()
     assert measure(row, repeats=2).repeats == 2
 
@@ -143,6 +146,11 @@ def test_convolutions_are_timed_and_written(monkeypatch, tmp_path):
     assert [row["name"] for row in record["rows"]] == [timing.name for timing in timings]
     assert len(timings) == 4
     assert record["setting"] == {"repeats": 25, "budget": 8.0}
+
+
+def test_no_row_of_that_name_is_said_so():
+    with pytest.raises(SystemExit, match=r"--only must be part of a row's name; got 'ssd', of .*256-256-40-4-fp32"):
+        convolutions.main(["--only", "ssd"])
 
 
 def test_a_convolution_that_is_wrong_is_noticed(monkeypatch):

@@ -1,6 +1,5 @@
 """The evaluation benchmark compares equals: same numbers first, and other numbers are refused."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -36,16 +35,12 @@ def made_run(seconds, **other):
     return {"ready": seconds / 10, "evaluate": seconds, "peak_mb": 100 * seconds, "numbers": [0.5] * 12, **other}
 
 
-def test_comparison_pairs_the_rounds_and_names_what_was_missed():
+def test_comparison_pairs_the_rounds():
     seconds = {"pycocotools": iter([60.0, 40.0, 30.0]), "detcore": iter([2.0, 2.0, 1.0])}
     timings = evaluation.compare(9, 3, ["pycocotools", "detcore"], lambda name, _: made_run(next(seconds[name])))
     assert [timing.ratio for timing in timings] == [30.0, 30.0]  # of 30, 20 and 30
     assert (timings[0].theirs_ms, timings[0].ours_ms) == (40000.0, 2000.0)
     assert (timings[0].theirs_peak_mb, timings[0].ours_peak_mb, timings[0].pictures) == (4000.0, 200.0, 9)
-    assert evaluation.missed(timings) == []
-    slow = dataclasses.replace(timings[0], ratio=20.0)
-    assert "at least 25 times faster than pycocotools; got 20.0" in evaluation.missed([slow])[0]
-    assert evaluation.missed([slow, dataclasses.replace(timings[0], pictures=10)]) == []  # the largest number decides
 
 
 @pytest.mark.parametrize(("name", "error"), [("pycocotools", 1e-16), ("faster-coco-eval", 1e-9)])
