@@ -121,6 +121,13 @@ def test_switched_off_and_with_a_size_asked_for_it_is_torchs(widened):
     assert widened == [torch.bfloat16, torch.bfloat16]
 
 
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize("make", [FastConv2d, FastConvTranspose2d])
+def test_maps_of_another_type_than_the_weights_are_refused_as_everywhere(make):
+    with pytest.raises(RuntimeError, match=r"should be the same|expected scalar type"):
+        make(4, 4, 3)(torch.randn(1, 4, 6, 6).bfloat16())
+
+
 def test_other_types_and_processors_that_have_it_are_left_alone(monkeypatch, widened):
     monkeypatch.setitem(halves.HAS, torch.bfloat16, True)
     assert multiplied_as(torch.float64) == torch.float64

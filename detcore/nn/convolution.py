@@ -29,9 +29,8 @@ class FastConv2d(nn.Conv2d):
         """The convolution of x."""
         if not _may_choose(x):
             return super().forward(x)
-        dtype = _computed_in(x)
-        if multiplied_as(dtype) != dtype:
-            return in_float32(self._convolve, x, self.weight, self.bias, dtype)
+        if _is_widened(x, self.weight):
+            return in_float32(self._convolve, x, self.weight, self.bias, _computed_in(x))
         return self._convolve(x, self.weight, self.bias)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,10 +59,9 @@ class FastConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of x."""
-        dtype = _computed_in(x)
-        if output_size is not None or not _may_choose(x) or multiplied_as(dtype) == dtype:
+        if output_size is not None or not _may_choose(x) or not _is_widened(x, self.weight):
             return super().forward(x, output_size)
-        return in_float32(self._convolve, x, self.weight, self.bias, dtype)
+        return in_float32(self._convolve, x, self.weight, self.bias, _computed_in(x))
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv_transpose2d(
@@ -96,3 +94,10 @@ def _computed_in(x: Tensor) -> torch.dtype:
     """The type of the result: that of autocast, if it is on."""
     is_cast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     return torch.get_autocast_dtype("cpu") if is_cast else x.dtype
+
+
+def _is_widened(x: Tensor, weight: Tensor) -> bool:
+    """Whether to work in float32. Types that do not go together stay torch's to refuse."""
+    dtype = _computed_in(x)
+    goes_together = weight.dtype == x.dtype or torch.is_autocast_enabled("cpu")
+    return multiplied_as(dtype) != dtype and goes_together
