@@ -64,6 +64,12 @@ def test_infinite_losses_come_first():
     assert kept([[0.0, -5.0, -7.0, -6.0]], [[0, -1, -1, -1]], ratio=2.0) == [[1, 3]]  # any sign will do
 
 
+def test_tensors_may_be_given_by_name():
+    losses, positive = torch.tensor([[9.0, 2.0, 5.0]]), torch.tensor([[True, False, False]])
+    mask = hard_negative_mask(losses=losses, positive=positive, negative=~positive, ratio=1.0)
+    assert mask.tolist() == [[False, False, True]]
+
+
 def test_hard_negative_mask_names_what_is_wrong():
     with no_hook(), pytest.raises(ValueError, match=r"ratio must be >= 0; got -1.0"):
         kept([[1.0]], [[0]], ratio=-1.0)

@@ -14,14 +14,14 @@ PIECE = 65536
 """Logits a piece and thread, read and reduced while they are in the cache."""
 
 
-def mining_applies(first: Tensor, *others: Tensor, ratio: float = 3.0) -> bool:
+def mining_applies(*tensors: Tensor, ratio: float = 3.0, **named: Tensor) -> bool:
     """Whether the functions of this file can stand in for those of :mod:`detcore.losses.mining`.
 
     Example:
         >>> mining_applies(torch.zeros(1, 2), ratio=-1.0)
         False
     """
-    return first.device.type == "cpu" and ratio >= 0
+    return all(x.device.type == "cpu" for x in (*tensors, *named.values())) and ratio >= 0
 
 
 def hard_negative_mask(
