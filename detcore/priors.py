@@ -5,7 +5,7 @@ The cells' own boxes are worked out once; a forward pass only shifts them, on th
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -193,7 +193,7 @@ class CachedPriors(nn.Module):
         self.generator = generator
         self.known: dict[tuple, Priors] = {}
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         """Of the generator, where this module has none of that name."""
         try:
             return super().__getattr__(name)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torchvision.models.detection import FCOS, RetinaNet
 
 from detcore.detector import DenseDetector
 from detcore.nn import ImageInput
@@ -19,22 +20,23 @@ _TO_OURS = {
 }
 
 
-def trunk_name(model: nn.Module) -> str:
+def trunk_name(model: FCOS | RetinaNet) -> str:
     """The ResNet that ``model`` stands on."""
-    body = model.backbone.body
-    names = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101"}
-    blocks = tuple(len(body[f"layer{i}"]) if f"layer{i}" in body else 0 for i in (1, 2, 3, 4))
+    stages = dict(model.get_submodule("backbone.body").named_children())
+    names: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet34", (3, 4, 23, 3): "resnet101"}
+    blocks = tuple(len([*stages[f"layer{i}"].children()]) if f"layer{i}" in stages else 0 for i in (1, 2, 3, 4))
     if blocks not in names:
         raise ValueError(f"from_torchvision: model must have a ResNet 18, 34, 50 or 101; got blocks {blocks}.")
-    return "resnet50" if blocks == (3, 4, 6, 3) and hasattr(body["layer1"][0], "conv3") else names[blocks]
+    first = stages["layer1"].get_submodule("0")
+    return "resnet50" if blocks == (3, 4, 6, 3) and hasattr(first, "conv3") else names[blocks]
 
 
-def trunk_norm(model: nn.Module) -> Literal["batch", "fixed"]:
+def trunk_norm(model: FCOS | RetinaNet) -> Literal["batch", "fixed"]:
     """Whether its batch norm uses the statistics of the batch."""
     return "batch" if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else "fixed"
 
 
-def take_over(ours: DenseDetector, model: nn.Module, head: Mapping[str, str], refusal: str) -> DenseDetector:
+def take_over(ours: DenseDetector, model: FCOS | RetinaNet, head: Mapping[str, str], refusal: str) -> DenseDetector:
     """Give ``ours`` the door, weights, device and mode of ``model``.
 
     Args:
@@ -48,7 +50,7 @@ def take_over(ours: DenseDetector, model: nn.Module, head: Mapping[str, str], re
         door.image_mean,
         door.image_std,
         divisor=door.size_divisible,
-        short_side=door.min_size[-1],
+        short_side=door.min_size[-1],  # pyright: ignore[reportIndexIssue]  # declared an int, but kept as a tuple
         long_side=door.max_size,
     )
     wanted = ours.state_dict()

@@ -5,14 +5,14 @@ Layers as in the released Caffe branch. Of its default boxes only the meaning is
 :data:`detcore.default_boxes.LAYOUTS`; DSSD513's further 512 convolutions on COCO are left out.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
 from detcore.default_boxes import LAYOUTS, Clip, DefaultBoxGenerator
 from detcore.detector import DenseDetector
 from detcore.models.ssd import SSD_CODER, ssd_detector
-from detcore.nn.backbones import TinyTrunk
+from detcore.nn.backbones import TinyTrunk, Trunk
 from detcore.nn.deconvolution import DeconvolutionPyramid, StageShape, UpShape, batch_norm, group_norm
 from detcore.nn.dilated import DilatedResNetTrunk
 from detcore.nn.inputs import ImageInput
@@ -168,8 +168,8 @@ def _trunk(
     weights: Any,
     norm: Literal["fixed", "batch"] | None,
     pool: Literal["torchvision", "caffe"],
-) -> nn.Module:
-    if backbone in ("resnet50", "resnet101"):
+) -> Trunk:
+    if isinstance(backbone, str) and backbone in ("resnet50", "resnet101"):
         return DilatedResNetTrunk(backbone, weights=weights, norm=norm, pool=pool)
     if weights is not None or norm is not None:
         raise ValueError("dssd: weights_backbone and norm only apply to resnet50 and resnet101.")
@@ -180,4 +180,4 @@ def _trunk(
             'dssd: backbone must be "resnet50", "resnet101", "tiny", or a module with a tuple `channels`, the widths '
             f"of its maps; got {backbone if isinstance(backbone, str) else type(backbone).__name__}."
         )
-    return backbone
+    return cast(Trunk, backbone)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS as TorchvisionFCOS
+from torchvision.models.detection.fcos import FCOSHead
 
 from detcore.assigners import fcos_assign
 from detcore.coders import DistanceCoder
@@ -264,7 +265,7 @@ def from_torchvision(model: TorchvisionFCOS) -> DenseDetector:
         >>> from_torchvision(theirs).num_classes
         91
     """
-    if not isinstance(model, TorchvisionFCOS):
+    if not isinstance(model, TorchvisionFCOS) or not isinstance(model.head, FCOSHead):
         raise ValueError(f"from_torchvision: model must be a torchvision FCOS; got {type(model).__name__}.")
     sizes = tuple(map(tuple, model.anchor_generator.sizes))
     if sizes != ((8,), (16,), (32,), (64,), (128,)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from detcore.default_boxes import LAYOUTS, Clip, DefaultBoxGenerator
 from detcore.detector import DenseDetector
 from detcore.models.ssd import SSD_CODER, ssd_detector, vgg_or_own
+from detcore.nn.backbones import Trunk
 from detcore.nn.inputs import ImageInput
 from detcore.nn.level_head import LevelHead
 from detcore.nn.pyramids import ExtraShape, SSDPyramid, convolution
@@ -56,7 +57,7 @@ class FusedPyramid(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, sources: Sequence[int], width: int, levels: Sequence[tuple[int, int, int, int]]
+        self, body: Trunk, sources: Sequence[int], width: int, levels: Sequence[tuple[int, int, int, int]]
     ) -> None:
         super().__init__()
         self.body, self.sources = body, tuple(sources)

@@ -5,6 +5,7 @@ What the paper adds to RetinaNet: one 3x3 convolution on the last feature of the
 term (Eq. 3), one score (Eq. 5). The authors' code adds the same to FCOS.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from detcore.models.fcos import fcos
 from detcore.models.retinanet import rehearse, retinanet
 from detcore.postprocess import ThresholdOn
 from detcore.scoring import Scorer, fused_score, iou_aware_powers
+from detcore.structures import Detections
 
 __all__ = ["iou_aware_fcos", "iou_aware_retinanet"]
 
@@ -59,7 +61,8 @@ def iou_aware_retinanet(
     detector = retinanet(num_classes=num_classes, box_extras={"iou": 1}, **options)
     detector.losses["iou"] = (quality_weight, partial(iou_quality_term, kind=quality_loss, detach=detach_iou_target))
     detector.score = _score(fusion_alpha)
-    detector.select = partial(detector.select, threshold_on=threshold_on)
+    select: Callable[..., Detections] = detector.select  # a Selector hides the options behind it
+    detector.select = partial(select, threshold_on=threshold_on)
     rehearse(detector)
     return detector
 

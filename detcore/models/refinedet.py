@@ -18,12 +18,12 @@ from detcore.coders import BoxCoder, DeltaCoder
 from detcore.default_boxes import LAYOUTS, Clip, DefaultBoxGenerator
 from detcore.detector import DenseDetector
 from detcore.losses.refine import arm_box_term, arm_class_term, odm_class_term, refine_priors, surely_background
-from detcore.losses.terms import box_delta_term
+from detcore.losses.terms import LossTerm, box_delta_term
 from detcore.models.ssd import ssd_detector, vgg_or_own
 from detcore.nn.backbones import ResNetTrunk
 from detcore.nn.deconvolution import ResidualBlock, batch_norm
 from detcore.nn.inputs import ImageInput
-from detcore.nn.level_head import flatten_map, level_outputs
+from detcore.nn.level_head import _join_levels, level_outputs
 from detcore.nn.pyramids import ExtraShape, SSDPyramid, halving_extras
 from detcore.nn.transfer import ResNetMaps, TransferConnections
 from detcore.nn.vgg import VGGTrunk
@@ -105,8 +105,7 @@ class RefineHead(nn.Module):
         return Predictions(logits, deltas, boxes, refined, extras)
 
     def _joined(self, name: str, maps: Sequence[Tensor]) -> Tensor:
-        rows = zip(self.outputs[name], maps, self.num_priors, strict=True)
-        return torch.cat([flatten_map(conv(x), n) for conv, x, n in rows], dim=1)  # B N n
+        return _join_levels(self.outputs[name], maps, self.num_priors)
 
 
 @by_rows(has_background=True)
@@ -220,7 +219,7 @@ def refinedet(
         max_detections=max_detections,
         **options,
     )
-    terms = {
+    terms: dict[str, LossTerm] = {
         "arm_cls": partial(arm_class_term, assign=detector.assign, ratio=mining_ratio),
         "arm_box": partial(arm_box_term, assign=detector.assign, coder=_CODER, beta=1.0),
         "cls": partial(odm_class_term, ratio=mining_ratio, least=min_objectness),
@@ -233,9 +232,11 @@ def refinedet(
     return detector
 
 
-def _body(backbone: str | nn.Module, *, weights: Any, norm: Any, channels: int) -> tuple[nn.Module, int, int | None]:
+def _body(
+    backbone: str | nn.Module, *, weights: Any, norm: Any, channels: int
+) -> tuple[ResNetMaps | SSDPyramid, int, int | None]:
     """The maps, the width of the second step's, and that of the head's residual blocks."""
-    if backbone in ("resnet50", "resnet101"):
+    if isinstance(backbone, str) and backbone in ("resnet50", "resnet101"):
         trunk = ResNetTrunk(backbone, weights=weights, norm=norm, trainable_stages=5)
         return ResNetMaps(trunk, 512), 256, 1024
     trunk = vgg_or_own(backbone, weights=weights, stride=32)

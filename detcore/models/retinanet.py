@@ -30,6 +30,8 @@ from detcore.structures import BACKGROUND, Predictions, Priors, Targets
 
 __all__ = ["from_torchvision", "retinanet"]
 
+BoxLoss = Literal["smooth_l1", "l1", "iou", "giou", "aiou"]
+
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -51,7 +53,7 @@ def retinanet(
     force_match: ForceMatch = "object",
     alpha: float = 0.25,
     gamma: float = 2.0,
-    box_loss: Literal["smooth_l1", "l1", "iou", "giou", "aiou"] = "smooth_l1",
+    box_loss: BoxLoss = "smooth_l1",
     aiou_beta: float = 0.8,
     candidates_by: Literal["prior", "pair"] = "prior",
     score_threshold: float = 0.05,
@@ -127,9 +129,8 @@ def retinanet(
         class_extras=class_extras,
         box_extras=box_extras,
     )
-    on_deltas = {"smooth_l1": 1 / 9, "l1": 0.0}
-    if box_loss in on_deltas:
-        box_term = partial(box_delta_term, coder=coder, beta=on_deltas[box_loss])
+    if box_loss in ("smooth_l1", "l1"):
+        box_term = partial(box_delta_term, coder=coder, beta=1 / 9 if box_loss == "smooth_l1" else 0.0)
     else:
         box_term = overlap_term(box_loss, beta=aiou_beta)
     detector = DenseDetector(
@@ -193,10 +194,9 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
         >>> from_torchvision(theirs).num_classes
         91
     """
-    _check_torchvision(model)
-    door = model.transform
+    head = _checked_head(model)
     ours = retinanet(
-        num_classes=model.head.classification_head.num_classes,
+        num_classes=head.classification_head.num_classes,
         backbone=_torchvision.trunk_name(model),
         norm=_torchvision.trunk_norm(model),
         p6="p5",
@@ -211,8 +211,6 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
         candidates=model.topk_candidates,
         nms_iou=model.nms_thresh,
         max_detections=model.detections_per_img,
-        short_side=door.min_size[-1],
-        long_side=door.max_size,
     )
     return _torchvision.take_over(ours, model, _TO_OURS, _VERSION_1)
 
@@ -220,7 +218,7 @@ def from_torchvision(model: TorchvisionRetinaNet) -> DenseDetector:
 _VERSION_1 = "from_torchvision: model must be retinanet_resnet50_fpn (version 1);"
 
 
-def _check_torchvision(model: TorchvisionRetinaNet) -> None:
+def _checked_head(model: TorchvisionRetinaNet) -> RetinaNetHead:
     if not isinstance(model, TorchvisionRetinaNet) or not isinstance(model.head, RetinaNetHead):
         raise ValueError(f"from_torchvision: model must be a torchvision RetinaNet; got {type(model).__name__}.")
     names = set(model.state_dict())
@@ -230,6 +228,7 @@ def _check_torchvision(model: TorchvisionRetinaNet) -> None:
     anchors = model.anchor_generator
     if tuple(map(tuple, anchors.sizes)) != sides or any(tuple(r) != (0.5, 1.0, 2.0) for r in anchors.aspect_ratios):
         raise ValueError(f"from_torchvision: model must have torchvision's default anchors; got sizes {anchors.sizes}.")
+    return model.head
 
 
 _TO_OURS = {

@@ -6,6 +6,7 @@ Deviation: the IoU that the confidence learns is a constant for the gradient; th
 attaches it, and so does ``detach_iou_target=False``.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from detcore.detector import DenseDetector
 from detcore.losses import functional
 from detcore.losses.functional import QualityLoss
 from detcore.losses.terms import iou_quality_term
-from detcore.models.retinanet import rehearse, retinanet
+from detcore.models.retinanet import BoxLoss, rehearse, retinanet
 from detcore.postprocess import ThresholdOn
 from detcore.scoring import conf_powers, fused_score
+from detcore.structures import Detections
 
 __all__ = ["retinanet_conf"]
 
@@ -32,7 +34,7 @@ def retinanet_conf(
     fusion_alpha: float | None = 0.4,
     min_quality: float | None = None,
     threshold_on: ThresholdOn = "ranking",
-    box_loss: str = "l1",
+    box_loss: BoxLoss = "l1",
     **options: Any,
 ) -> DenseDetector:
     r"""RetinaNet with object confidence.
@@ -92,6 +94,7 @@ def retinanet_conf(
         quality_power=quality_power,
         min_quality=min_quality,
     )
-    detector.select = partial(detector.select, threshold_on=threshold_on)
+    select: Callable[..., Detections] = detector.select  # a Selector hides the options behind it
+    detector.select = partial(select, threshold_on=threshold_on)
     rehearse(detector)
     return detector

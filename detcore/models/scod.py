@@ -10,10 +10,11 @@ another loss of boxes (:mod:`detcore.losses.aiou`). The first two ride on Retina
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from detcore.default_boxes import LAYOUTS
 from detcore.detector import DenseDetector
 from detcore.losses.segmentation import Closed, area_ranges, weak_segmentation_term
 from detcore.models.dssd import dssd
@@ -21,6 +22,7 @@ from detcore.models.retinanet import retinanet
 from detcore.nn.convolution import use_fast_convolutions
 from detcore.nn.deconvolution import DeconvolutionPyramid, batch_norm, group_norm
 from detcore.nn.dilated import DilatedResNetTrunk
+from detcore.nn.necks import FPN
 from detcore.nn.scws import SegmentationBlocks, SegmentedPyramid
 
 __all__ = ["SegmentedDeconvolution", "retinanet_scws", "scod", "scod320", "scod512"]
@@ -151,7 +153,7 @@ def scod(
     detector.losses["box"] = (box_weight, detector.losses["box"][1])
     if not blocks:
         return detector
-    pyramid, layout = detector.body, detector.priors.layout
+    pyramid, layout = cast(DeconvolutionPyramid, detector.body), LAYOUTS[f"dssd{size}"]
     channels = pyramid.source_channels if position == "backbone" else pyramid.merged_channels
     ranges = area_ranges(layout.side_ranges[:4], open_top=open_top)
     places = [number - 1 for number in blocks]
@@ -199,11 +201,11 @@ def retinanet_scws(
     detector = retinanet(num_classes=num_classes, **options)
     if not blocks:
         return detector
-    channels = detector.body[1].out_channels
+    neck = cast(FPN, detector.body.get_submodule("1"))
     ranges = area_ranges(detector.priors.sides[:4], open_top=open_top)
     places = [number - 1 for number in blocks]
     parts = SegmentationBlocks(
-        dict.fromkeys(places, channels),
+        dict.fromkeys(places, neck.out_channels),
         num_classes + 1,
         {place: ranges[place] for place in places},
         attention=attention,

@@ -6,12 +6,12 @@ Layers, default boxes and losses as in the released Caffe scripts; unrounded sid
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torchvision.models.detection.ssd import SSD as TorchvisionSSD
-from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
+from torchvision.models.detection.ssd import SSDFeatureExtractorVGG, SSDHead
 
 from detcore.coders import DeltaCoder
 from detcore.default_boxes import LAYOUTS, Clip, DefaultBoxGenerator
@@ -20,7 +20,7 @@ from detcore.losses.aiou import overlap_term
 from detcore.losses.mining import hard_negative_mask, softmax_mining_term
 from detcore.losses.terms import box_delta_term
 from detcore.models.retinanet import rehearse
-from detcore.nn.backbones import TinyTrunk
+from detcore.nn.backbones import TinyTrunk, Trunk
 from detcore.nn.inputs import ImageInput
 from detcore.nn.level_head import LevelHead
 from detcore.nn.pyramids import ExtraShape, SSDPyramid, halving_extras
@@ -126,7 +126,7 @@ def ssd(
     )
 
 
-def vgg_or_own(backbone: str | nn.Module, *, weights: Any = None, stride: Literal[16, 32] = 16) -> nn.Module:
+def vgg_or_own(backbone: str | nn.Module, *, weights: Any = None, stride: Literal[16, 32] = 16) -> Trunk:
     """The trunk that ``backbone`` names, or the given one.
 
     Raises:
@@ -137,7 +137,7 @@ def vgg_or_own(backbone: str | nn.Module, *, weights: Any = None, stride: Litera
         >>> vgg_or_own("tiny").channels
         (64, 96, 128)
     """
-    if backbone in ("vgg16", "vgg16_bn"):
+    if isinstance(backbone, str) and backbone in ("vgg16", "vgg16_bn"):
         return VGGTrunk(backbone, weights=weights, stride=stride)
     if weights is not None:
         raise ValueError(f'ssd: weights_backbone must be None unless backbone is "vgg16" or "vgg16_bn"; got {weights}.')
@@ -148,7 +148,7 @@ def vgg_or_own(backbone: str | nn.Module, *, weights: Any = None, stride: Litera
             'ssd: backbone must be "vgg16", "vgg16_bn", "tiny", or a module with a tuple `channels`, the widths of '
             f"its maps; got {backbone if isinstance(backbone, str) else type(backbone).__name__}."
         )
-    return backbone
+    return cast(Trunk, backbone)
 
 
 def ssd_detector(
@@ -243,9 +243,8 @@ def from_torchvision(model: TorchvisionSSD) -> DenseDetector:
         >>> ours.num_classes
         20
     """
-    _check_torchvision(model)
-    logits = model.head.classification_head.module_list
-    num_classes = model.head.classification_head.num_columns - 1
+    trunk, head = _checked_parts(model)
+    num_classes = head.classification_head.num_columns - 1
     ours = ssd300(
         num_classes=num_classes,
         boxes="coco",
@@ -259,14 +258,15 @@ def from_torchvision(model: TorchvisionSSD) -> DenseDetector:
     )
     ours.inputs = ImageInput(model.transform.image_mean, model.transform.image_std, warp_side=300)
     with torch.no_grad():
-        ours.body.norms["0"].weight.copy_(model.backbone.scale_weight)
-        _copy(_convolutions(model.backbone), _convolutions(ours.body))
-        _copy(model.head.regression_head.module_list, ours.head.outputs["deltas"])
-        for theirs, mine in zip(logits, ours.head.outputs["logits"], strict=True):
+        ours.get_parameter("body.norms.0.weight").copy_(trunk.scale_weight)
+        _copy(_convolutions(trunk), _convolutions(ours.body))
+        _copy(head.regression_head.module_list, ours.get_submodule("head.outputs.deltas").children())
+        logits = ours.get_submodule("head.outputs.logits").children()
+        for theirs, mine in zip(head.classification_head.module_list, logits, strict=True):
             for name, value in theirs.named_parameters():
                 by_prior = value.view(-1, num_classes + 1, *value.shape[1:])
                 mine.get_parameter(name).copy_(by_prior.roll(-1, dims=1).reshape(value.shape))  # background first: last
-    return ours.to(model.backbone.scale_weight.device).train(model.training)
+    return ours.to(trunk.scale_weight.device).train(model.training)
 
 
 def _convolutions(module: nn.Module) -> list[nn.Module]:
@@ -278,7 +278,7 @@ def _copy(theirs: Iterable[nn.Module], ours: Iterable[nn.Module]) -> None:
         b.load_state_dict(a.state_dict())
 
 
-def _check_torchvision(model: TorchvisionSSD) -> None:
+def _checked_parts(model: TorchvisionSSD) -> tuple[SSDFeatureExtractorVGG, SSDHead]:
     if not isinstance(model, TorchvisionSSD):
         raise ValueError(f"from_torchvision: model must be a torchvision SSD; got {type(model).__name__}.")
     layout, found = LAYOUTS["ssd300_coco"], model.anchor_generator
@@ -286,7 +286,11 @@ def _check_torchvision(model: TorchvisionSSD) -> None:
     expected = [*layout.sides, layout.last_side]
     same = len(sides) == 7 and all(abs(a - b) < 1e-3 for a, b in zip(sides, expected, strict=True))
     ratios = tuple(tuple(map(float, level)) for level in found.aspect_ratios)
-    if not isinstance(model.backbone, SSDFeatureExtractorVGG) or not same or ratios != layout.ratios:
+    trunk, head = model.backbone, model.head
+    is_vgg = isinstance(trunk, SSDFeatureExtractorVGG)
+    if not is_vgg or not isinstance(head, SSDHead) or not same or ratios != layout.ratios:
         raise ValueError("from_torchvision: model must be ssd300_vgg16 with its own default boxes.")
-    if not found.clip or tuple(found.steps or ()) != layout.steps or tuple(model.transform.fixed_size) != (300, 300):
+    steps, warped = tuple(found.steps or ()), tuple(model.transform.fixed_size or ())
+    if not found.clip or steps != layout.steps or warped != (300, 300):
         raise ValueError("from_torchvision: model must have ssd300_vgg16's steps, clipping and 300 x 300 pixels.")
+    return trunk, head

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torchvision
 from jaxtyping import Float
@@ -14,13 +14,21 @@ from detcore.nn.layers import FixedBatchNorm2d
 __all__ = ["ResNetTrunk", "TinyTrunk", "Trunk", "build_trunk"]
 
 Norm = Literal["fixed", "batch"]
-Trunk = nn.Module
-"""A module from images (B, 3, H, W) to [C3, C4, C5], with their widths in ``.channels``."""
+
+if TYPE_CHECKING:
+
+    class Trunk(nn.Module):
+        """A module from images (B, 3, H, W) to maps, fine to coarse, with their widths in ``channels``."""
+
+        channels: tuple[int, ...]
+else:
+    Trunk = nn.Module  # so that a trunk of your own need not descend from it
+    """A module from images (B, 3, H, W) to maps, C3, C4 and C5 as a rule, with their widths in ``.channels``."""
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
-class ResNetTrunk(nn.Module):
+class ResNetTrunk(Trunk):
     """torchvision's ResNet without its classifier.
 
     Args:
@@ -71,7 +79,7 @@ class ResNetTrunk(nn.Module):
         return [c3, c4, self.layer4(c4)]
 
 
-class TinyTrunk(nn.Module):
+class TinyTrunk(Trunk):
     """A small residual network for processors without a GPU, for tests and for the book.
 
     One residual block a stride, batch norm, trained from scratch.
@@ -114,7 +122,7 @@ def _halving_block(inside: int, outside: int) -> nn.Module:
 
 def build_trunk(
     backbone: str | nn.Module, *, weights=None, norm: Norm | None = None, trainable_stages: int | None = None
-) -> nn.Module:
+) -> Trunk:
     """A trunk by name, or the given module if it has ``channels``.
 
     Args:
@@ -141,7 +149,7 @@ def build_trunk(
             )
         if given:
             raise ValueError(f"build_trunk: {', '.join(given)} only apply to a backbone given by name.")
-        return backbone
+        return cast(Trunk, backbone)
     if backbone == "tiny":
         if given:
             raise ValueError(f'build_trunk: {", ".join(given)} do not apply to "tiny", which is trained from scratch.')

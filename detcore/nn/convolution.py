@@ -57,6 +57,8 @@ class FastConvTranspose2d(nn.ConvTranspose2d):
         torch.Size([1, 3, 8, 8])
     """
 
+    padding: tuple[int, ...]  # torch allows "same" and "valid" for the other direction only
+
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution of x."""
         if output_size is not None or not _may_choose(x) or not _is_widened(x, self.weight):

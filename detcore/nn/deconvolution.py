@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detcore.nn.backbones import Trunk
+from detcore.nn.layers import _xavier
 from detcore.nn.necks import _two_pixels
 
 __all__ = [
@@ -155,9 +157,7 @@ class DeconvolutionModule(nn.Module):
         if merge not in ("product", "sum"):
             raise ValueError(f'DeconvolutionModule: merge must be "product" or "sum"; got {merge!r}.')
         self.merge = merge
-        self.up = nn.ConvTranspose2d(coarse, width, up.kernel, stride=up.stride)
-        nn.init.xavier_uniform_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        self.up = _xavier(nn.ConvTranspose2d(coarse, width, up.kernel, stride=up.stride))
         self.coarse = nn.Sequential(*_normed(width, width, 3, 1, 1, norm=norm))
         self.fine = nn.Sequential(
             *_normed(fine, width, 3, 1, 1, norm=norm),
@@ -202,7 +202,7 @@ class DeconvolutionPyramid(nn.Module):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: Trunk,
         stages: Sequence[StageShape],
         ups: Sequence[UpShape],
         width: int,
@@ -222,10 +222,12 @@ class DeconvolutionPyramid(nn.Module):
         self.source_channels = (*trunk.channels, *[width] * len(stages))
         self.merged_channels = (*[merged] * len(ups), width) if merge else self.source_channels
         self.channels = (width,) * len(self.source_channels)
-        self.deconvolutions = nn.ModuleList(
-            DeconvolutionModule(c, fine, merged, up, merge=merge, norm=norm)
-            for c, fine, up in (zip(coarse, self.source_channels[-2::-1], ups, strict=True) if merge else ())
-        )
+        self.deconvolutions = nn.ModuleList()
+        if merge:
+            rows = zip(coarse, self.source_channels[-2::-1], ups, strict=True)
+            self.deconvolutions.extend(
+                DeconvolutionModule(c, fine, merged, up, merge=merge, norm=norm) for c, fine, up in rows
+            )
         self.predictions = nn.ModuleList(
             ResidualBlock(c, width, middle_kernel=middle_kernel, norm=norm) for c in self.merged_channels
         )

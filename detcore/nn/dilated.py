@@ -6,12 +6,13 @@ import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detcore.nn.backbones import Trunk
 from detcore.nn.layers import FixedBatchNorm2d
 
 __all__ = ["DilatedResNetTrunk"]
 
 
-class DilatedResNetTrunk(nn.Module):
+class DilatedResNetTrunk(Trunk):
     """torchvision's ResNet-50 or 101, last stage dilated by 2 at stride 16; maps C3 and C5.
 
     The third stage of strides is left at 16, so C5 is as fine as C4, which is no source.

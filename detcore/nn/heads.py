@@ -70,10 +70,13 @@ class DenseHead(nn.Module):
         self.on_deltas = nn.ModuleList(on_deltas)
         self.on_class_tower = ("logits", *class_extras)
         sizes = {"logits": num_classes, **class_extras, "deltas": 4, **box_extras}
+        biases = {"logits": prior_probability_bias(prior_probability)}
         self.outputs = nn.ModuleDict(
-            {name: init_conv(nn.Conv2d(in_channels, num_priors * n, 3, padding=1)) for name, n in sizes.items()}
+            {
+                name: init_conv(nn.Conv2d(in_channels, num_priors * n, 3, padding=1), bias=biases.get(name, 0.0))
+                for name, n in sizes.items()
+            }
         )
-        nn.init.constant_(self.outputs["logits"].bias, prior_probability_bias(prior_probability))
 
     def forward(self, features: Sequence[Tensor], priors: Priors) -> Predictions:
         """Predictions of every prior, levels joined.

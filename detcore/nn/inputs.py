@@ -50,6 +50,9 @@ class ImageInput(nn.Module):
         ((2, 3, 64, 64), [[30, 50], [40, 20]])
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         mean: Sequence[float] = (0.485, 0.456, 0.406),

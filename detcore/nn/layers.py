@@ -1,11 +1,14 @@
 """Small layers that several detectors share."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Exp", "FixedBatchNorm2d", "Scale", "init_conv", "prior_probability_bias"]
+
+_Conv = TypeVar("_Conv", nn.Conv2d, nn.ConvTranspose2d)
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -71,6 +74,14 @@ def init_conv(conv: nn.Conv2d, *, std: float = 0.01, bias: float = 0.0) -> nn.Co
     nn.init.normal_(conv.weight, std=std)
     if conv.bias is not None:
         nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+def _xavier(conv: _Conv) -> _Conv:
+    """Xavier's weights and no bias at the start, as every new layer of the SSD family and of the pyramids."""
+    nn.init.xavier_uniform_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv
 
 

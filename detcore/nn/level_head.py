@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from detcore.coders import BoxCoder
+from detcore.nn.layers import _xavier
 from detcore.structures import Predictions, Priors
 
 __all__ = ["LevelHead", "flatten_map", "level_outputs"]
@@ -47,11 +49,17 @@ def level_outputs(
     outputs = nn.ModuleDict()
     for name, n in sizes.items():
         rows = zip(in_channels, num_priors, kernels, strict=True)
-        outputs[name] = nn.ModuleList(nn.Conv2d(c, a * n, k, padding=k // 2) for c, a, k in rows)
-        for conv in outputs[name]:
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+        convs = [nn.Conv2d(c, a * n, k, padding=k // 2) for c, a, k in rows]
+        for conv in convs:
+            _xavier(conv)
+        outputs[name] = nn.ModuleList(convs)
     return outputs
+
+
+def _join_levels(convs: nn.Module, maps: Sequence[Tensor], num_priors: Sequence[int]) -> Tensor:
+    """One output of every prior, levels joined; ``convs`` is an entry of :func:`level_outputs`."""
+    rows = zip(cast(nn.ModuleList, convs), maps, num_priors, strict=True)
+    return torch.cat([flatten_map(conv(x), n) for conv, x, n in rows], dim=1)  # B N n
 
 
 class LevelHead(nn.Module):
@@ -104,12 +112,7 @@ class LevelHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], priors: Priors) -> Predictions:
         """Predictions of every prior, levels joined."""
-        joined = {
-            name: torch.cat(
-                [flatten_map(conv(x), n) for conv, x, n in zip(convs, features, self.num_priors, strict=True)], dim=1
-            )
-            for name, convs in self.outputs.items()
-        }  # B N n each
+        joined = {name: _join_levels(convs, features, self.num_priors) for name, convs in self.outputs.items()}
         logits, deltas = joined.pop("logits"), joined.pop("deltas")
         boxes = self.coder.decode(deltas, priors.boxes.expand(len(deltas), -1, -1))
         return Predictions(logits, deltas, boxes, priors, joined)

@@ -6,6 +6,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detcore.nn.layers import _xavier
+
 __all__ = ["FPN"]
 
 
@@ -55,8 +57,7 @@ class FPN(nn.Module):
         self.p6 = nn.Conv2d(source, out_channels, 3, stride=2, padding=1)
         self.p7 = nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            _xavier(conv)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """P3, P4, P5, P6, P7."""

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from detcore.nn.backbones import Trunk
+from detcore.nn.layers import _xavier
 from detcore.nn.necks import _two_pixels
 
 __all__ = ["ExtraShape", "L2Norm", "SSDPyramid", "convolution", "extra_layers", "halving_extras"]
@@ -57,9 +59,7 @@ def convolution(inside: int, width: int, kernel: int = 3, stride: int = 1, paddi
         >>> convolution(4, 8, 3, 2)(torch.zeros(1, 4, 5, 5)).shape
         torch.Size([1, 8, 3, 3])
     """
-    conv = nn.Conv2d(inside, width, kernel, stride=stride, padding=padding)
-    nn.init.xavier_uniform_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    conv = _xavier(nn.Conv2d(inside, width, kernel, stride=stride, padding=padding))
     guard = [_Twice()] if (kernel, stride, padding) == (3, 2, 1) else []
     return nn.Sequential(*guard, conv, nn.ReLU(inplace=True))
 
@@ -95,7 +95,7 @@ def halving_extras(channels: int, count: int) -> list[ExtraShape]:
     return [ExtraShape(max(1, channels // 2), channels)] * count
 
 
-class SSDPyramid(nn.Module):
+class SSDPyramid(Trunk):
     """A trunk's maps, some of them L2-normalised, and extra layers on the last: one map a level.
 
     Args:
@@ -115,7 +115,7 @@ class SSDPyramid(nn.Module):
 
     def __init__(
         self,
-        trunk: nn.Module,
+        trunk: Trunk,
         extras: Sequence[ExtraShape],
         scales: Mapping[int, float] = MappingProxyType({}),
     ) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from detcore.losses.segmentation import segmentation_cells
-from detcore.nn.layers import init_conv
+from detcore.nn.layers import _xavier, init_conv
 from detcore.nn.necks import _two_pixels
 
 __all__ = ["SegmentationBlock", "SegmentationBlocks", "SegmentedPyramid"]
@@ -52,8 +52,9 @@ class SegmentationBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.classify = init_conv(nn.Conv2d(channels, num_logits, 3, padding=1))
-        self.restore = nn.Sequential(nn.Conv2d(channels + num_logits, channels, 1, bias=False), norm(channels))
-        nn.init.xavier_uniform_(self.restore[0].weight)
+        join = nn.Conv2d(channels + num_logits, channels, 1, bias=False)
+        self.restore = nn.Sequential(join, norm(channels))
+        _xavier(join)
         self.attention = _Attention(channels) if attention else None
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K H W"]]:
@@ -73,8 +74,7 @@ class _Attention(nn.Module):
         self.down = nn.Conv2d(channels, middle, 3, stride=2, padding=1)
         self.out = nn.Conv2d(middle, channels, 3, padding=1)
         for conv in (self.down, self.out):
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            _xavier(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         coarse = self.out(F.relu(self.down(_two_pixels(x))))

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detcore.nn.backbones import Trunk
 from detcore.nn.deconvolution import Norm, ResidualBlock, StageShape
-from detcore.nn.pyramids import convolution
+from detcore.nn.layers import _xavier
 
 __all__ = ["ResNetMaps", "TransferConnections"]
 
@@ -35,16 +36,14 @@ class TransferConnections(nn.Module):
         super().__init__()
 
         def plain(inside: int) -> list[nn.Module]:
-            return _normed(convolution(inside, width)[0], norm)
+            return _normed(_xavier(nn.Conv2d(inside, width, 3, padding=1)), norm)
 
         self.inside = nn.ModuleList(nn.Sequential(*plain(c), nn.ReLU(inplace=True), *plain(width)) for c in in_channels)
         up = [nn.ConvTranspose2d(width, width, 2, stride=2) for _ in in_channels[1:]]
         self.up = nn.ModuleList(layer if norm is None else nn.Sequential(*_normed(layer, norm)) for layer in up)
         self.outside = nn.ModuleList(nn.Sequential(*plain(width), nn.ReLU(inplace=True)) for _ in in_channels)
         for layer in up:
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            _xavier(layer)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """One map a level, fine to coarse. Of odd maps, the last row and column of what is added are cut off."""
@@ -79,7 +78,7 @@ class ResNetMaps(nn.Module):
         [(64, 16, 16), (96, 8, 8), (128, 4, 4), (32, 2, 2)]
     """
 
-    def __init__(self, trunk: nn.Module, width: int) -> None:
+    def __init__(self, trunk: Trunk, width: int) -> None:
         super().__init__()
         self.trunk, self.stage = trunk, ResidualBlock(trunk.channels[-1], width, StageShape(1, 2))
         self.channels = (*trunk.channels, width)

@@ -9,12 +9,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.vgg import VGG
 
+from detcore.nn.backbones import Trunk
+
 __all__ = ["VGGTrunk"]
 
 _BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-class VGGTrunk(nn.Module):
+class VGGTrunk(Trunk):
     """VGG-16 up to fc7, fully connected layers as convolutions ("reduced fc"), maps from stride 8 on.
 
     ======= ============= =============== ============================ ==========================
@@ -69,7 +71,7 @@ class VGGTrunk(nn.Module):
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
-                nn.init.zeros_(part.bias)
+                nn.init.zeros_(part.get_parameter("bias"))
         if weights is not None:
             self.copy_from(getattr(torchvision.models, name)(weights=weights))
 
@@ -105,12 +107,11 @@ class VGGTrunk(nn.Module):
 
         Reference: Chen et al., DeepLab, 2016, section 4.1 (decimation). arXiv:1606.00915
         """
-        theirs = [m for m in net.features if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
-        ours = [m for block in self.blocks for m in block if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+        theirs, ours = _layers(net.features), _layers(self.blocks)
         alike = [type(m) for m in ours] == [type(m) for m in theirs]
         if not alike or any(a.weight.shape != b.weight.shape for a, b in zip(ours, theirs, strict=True)):
             raise ValueError(f"VGGTrunk: net must be torchvision's {self.name}; got other layers.")
-        fc6, fc7 = net.classifier[0], net.classifier[3]
+        fc6, fc7 = [m for m in net.classifier if isinstance(m, nn.Linear)][:2]
         thinned = fc6.weight.view(4096, 512, 7, 7)[::4, :, ::3, ::3]
         if not thinned.isfinite().all():
             raise ValueError(
@@ -121,6 +122,10 @@ class VGGTrunk(nn.Module):
             mine.load_state_dict(other.state_dict())
         wide, deep = (m for m in self.fc if isinstance(m, nn.Conv2d))
         wide.weight.copy_(thinned)
-        wide.bias.copy_(fc6.bias[::4])
+        wide.get_parameter("bias").copy_(fc6.bias[::4])
         deep.weight.copy_(fc7.weight[::4, ::4, None, None])
-        deep.bias.copy_(fc7.bias[::4])
+        deep.get_parameter("bias").copy_(fc7.bias[::4])
+
+
+def _layers(net: nn.Module) -> list[nn.Conv2d | nn.BatchNorm2d]:
+    return [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
