@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from detcore.boxes import area, iou, pairwise_iou, xyxy_to_cxcywh
 from detcore.kernels import accelerated, matching, point_matching
+from detcore.kernels.matching import ForceMatch
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["ForceMatch", "centerness_target", "fcos_assign", "max_iou_assign"]
-
-ForceMatch = Literal["object", "prior", "off"]
 
 
 @accelerated(matching.max_iou_assign, when=matching.max_iou_applies)

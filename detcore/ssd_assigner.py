@@ -3,8 +3,6 @@
 What the detectors of the SSD family share; :func:`num_matched` counts priors an object for the scale-balanced loss.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,11 +10,10 @@ from torch import Tensor
 from detcore.assigners import assignment_of, inside_own_padding
 from detcore.boxes import pairwise_iou
 from detcore.kernels import accelerated, ssd_matching
+from detcore.kernels.ssd_matching import ForceRule
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["ForceRule", "num_matched", "ssd_assign"]
-
-ForceRule = Literal["override", "bipartite"]
 
 
 @accelerated(ssd_matching.ssd_assign, when=ssd_matching.ssd_applies)

@@ -6,7 +6,7 @@ Letters: B images, M objects (padded), N priors, K logit channels, D detections.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -33,16 +33,15 @@ IGNORE = -2
 """Label of a prior that takes part in no loss."""
 
 
+@dataclass(frozen=True)
 class _Movable:
     """``.to(device)`` for a frozen dataclass of tensors."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False):
         """The same value with every tensor on ``device``; floating types are kept."""
-
-        def move(value):
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {n: v.to(device, non_blocking=non_blocking) for n, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detcore.structures import Priors, Targets
 
-__all__ = ["Grid", "grid_of", "listed"]
+__all__ = ["Grid", "grid_of", "listed", "sure_grid"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def grid_of(priors: Priors) -> Grid | None:
         kept = Priors(
             priors.boxes.clone(), priors.counts, None if priors.cells is None else priors.cells.clone(), priors.maps
         )
-        known = kept, _measured(kept)
+        known = kept, _measured(kept, priors.maps)
         _known.pop(key, None)
         while len(_known) >= _MOST_KNOWN:
             del _known[next(iter(_known))]
@@ -105,13 +105,27 @@ def grid_of(priors: Priors) -> Grid | None:
     return known[1]
 
 
+def sure_grid(priors: Priors) -> Grid:
+    """The lattices of priors that are known to lie on some.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    grid = grid_of(priors)
+    if grid is None:
+        raise ValueError("sure_grid: priors must lie on a grid; got others. Ask grid_of first.")
+    return grid
+
+
 def _equal(one: Priors, other: Priors) -> bool:
-    return torch.equal(one.boxes, other.boxes) and (one.cells is None or torch.equal(one.cells, other.cells))
+    if one.cells is None or other.cells is None:
+        return one.cells is other.cells and torch.equal(one.boxes, other.boxes)
+    return torch.equal(one.boxes, other.boxes) and torch.equal(one.cells, other.cells)
 
 
-def _measured(priors: Priors) -> Grid | None:
+def _measured(priors: Priors, maps: tuple[tuple[int, int], ...]) -> Grid | None:
     levels, begins, first = [], [], 0
-    for level, ((rows, columns), count) in enumerate(zip(priors.maps, priors.counts, strict=True)):
+    for level, ((rows, columns), count) in enumerate(zip(maps, priors.counts, strict=True)):
         stride, rest = divmod(count, rows * columns) if rows * columns else (0, 1)
         if rest or not stride:
             return None
@@ -119,12 +133,13 @@ def _measured(priors: Priors) -> Grid | None:
         x, y = boxes[0, :, :, 0::2], boxes[:, 0, :, 1::2]  # columns n 2, rows n 2
         if not (boxes[..., 0::2] == x).all() or not (boxes[..., 1::2] == y[:, None]).all():
             return None
-        axes = [_axis(x.double()), _axis(y.double())]
-        if any(axis is None for axis in axes):
+        along_x, along_y = _axis(x.double()), _axis(y.double())
+        if along_x is None or along_y is None:
             return None
         whole = torch.tensor([[columns], [rows]]).expand(-1, stride)
         at = first + torch.arange(stride)
-        levels.append((torch.stack(axes, 1), whole, at, torch.full_like(at, stride), torch.full_like(at, level)))
+        axes = torch.stack([along_x, along_y], 1)
+        levels.append((axes, whole, at, torch.full_like(at, stride), torch.full_like(at, level)))
         if priors.cells is not None:
             cells = priors.cells[first : first + count].view(rows, columns, stride, 2)
             x, y = cells[0, :, 0, 0], cells[:, 0, 0, 1]
@@ -137,14 +152,9 @@ def _measured(priors: Priors) -> Grid | None:
     table = torch.nn.utils.rnn.pad_sequence(begins, True, torch.inf).unflatten(0, (-1, 2)) if begins else None
     measures, *rest = zip(*levels, strict=True)
     count, first, stride, level = (torch.cat(part, dim=-1) for part in rest)
-    return Grid(
-        *torch.cat(measures, dim=-1)[:, :, None],
-        count[:, None],
-        first,
-        stride,
-        level,
-        None if table is None else table.transpose(0, 1),
-    )
+    centre, side, step, slack = torch.cat(measures, dim=-1)[:, :, None]
+    begin = None if table is None else table.transpose(0, 1)
+    return Grid(centre, side, step, slack, count[:, None], first, stride, level, begin)
 
 
 def _axis(edges: Float[Tensor, "places n 2"]) -> Float[Tensor, "4 n"] | None:

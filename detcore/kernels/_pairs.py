@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from detcore.boxes import iou
-from detcore.kernels._grid import Grid, grid_of, listed
+from detcore.kernels._grid import Grid, grid_of, listed, sure_grid
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["Answer", "Pairs", "applies", "extent", "overlapping"]
@@ -81,7 +81,7 @@ def overlapping(
     Returns:
         The pairs, and image and slot of each object.
     """
-    grid, boxes = grid_of(priors), priors.boxes[0]
+    grid, boxes = sure_grid(priors), priors.boxes[0]
     image, slot = targets.valid.nonzero(as_tuple=True)
     objects = targets.boxes[image, slot]
     within = grid.within(targets, divisor)
@@ -171,7 +171,8 @@ class Answer:
     def assignment(self) -> Assignment:
         """The same as :func:`detcore.assigners.max_iou_assign` and its like return it."""
         flat = (self.labels, self.index, self.boxes, self.iou)
-        return Assignment(*(part.unflatten(0, (self.batch, -1)) for part in flat), self.targets)
+        labels, index, boxes, overlap = (part.unflatten(0, (self.batch, -1)) for part in flat)
+        return Assignment(labels, index, boxes, overlap, self.targets)
 
 
 def _beyond(priors: Priors, targets: Targets, divisor: int) -> Bool[Tensor, "B N"] | None:

@@ -133,13 +133,13 @@ class _Sweep(torch.autograd.Function):
         row = ((labels >= 0) & (labels < x.shape[1])).nonzero()[:, 0]
         entry = row, labels[row]
         gradient = torch.empty_like(x, memory_format=torch.contiguous_format) if with_gradient else None
-        if with_gradient and uses_compiled():
+        if gradient is not None and uses_compiled():
             sums = _compiled(power)(x, labels.int(), weights * factor, gradient)  # int32 is compared twice as fast
         else:
             sums = _in_pieces(x, entry, weights * factor, power, gradient)
         loss, slope = own(x[entry].to(wide), row)
         total = sums.sum(dtype=torch.float64) + (loss * weights[row]).sum(dtype=torch.float64)
-        if with_gradient:
+        if gradient is not None:
             gradient[entry] = (slope * weights[row]).to(x.dtype)
             ctx.save_for_backward(gradient.view(logits.shape))
         return total.to(wide)

@@ -4,6 +4,8 @@ Priors that overlap an object enough lie in a small window around it, a few colu
 anchor. Only those pairs are looked at: there is no table of all priors with all objects.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,6 +15,8 @@ from detcore.kernels._pairs import Answer, applies, overlapping
 from detcore.structures import BACKGROUND, IGNORE, Assignment, Priors, Targets
 
 __all__ = ["max_iou_applies", "max_iou_assign"]
+
+ForceMatch = Literal["object", "prior", "off"]
 
 _LEAST = 0.1  # IoU below which windows hold nearly everything
 
@@ -46,7 +50,7 @@ def max_iou_assign(
     *,
     positive_iou: float = 0.5,
     negative_iou: float = 0.4,
-    force_match: str = "object",
+    force_match: ForceMatch = "object",
     divisor: int = 32,
 ) -> Assignment:
     """Give each prior the object it overlaps most, if it overlaps it enough.

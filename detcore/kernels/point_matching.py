@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from detcore.boxes import area, xyxy_to_cxcywh
-from detcore.kernels._grid import grid_of, listed
+from detcore.kernels._grid import listed, sure_grid
 from detcore.kernels._pairs import Answer, applies, extent
 from detcore.structures import Assignment, Priors, Targets
 
@@ -107,7 +107,7 @@ def _near(
     divisor: int,
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """Pairs of object and point, in order of the objects: all that can matter, and a few that do not."""
-    grid = grid_of(priors)
+    grid = sure_grid(priors)
     within = grid.within(targets, divisor)
     within = within[:, image] if within.shape[1] > 1 else within  # 2 n C
     low, high = (torch.tensor(ends, dtype=torch.float64)[grid.level] for ends in ([-math.inf, *ranges[:-1]], ranges))

@@ -4,6 +4,8 @@ As in :mod:`detcore.kernels.matching` only default boxes near an object are look
 default box under the bipartite rule, those that do not get it look at all.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,6 +15,8 @@ from detcore.kernels._pairs import Answer, Pairs, applies, overlapping
 from detcore.structures import Assignment, Priors, Targets
 
 __all__ = ["ssd_applies", "ssd_assign"]
+
+ForceRule = Literal["override", "bipartite"]
 
 _LEAST = 0.1  # IoU below which windows hold nearly everything
 _TOUCH = 1e-6  # as in the plain form
@@ -35,7 +39,12 @@ def ssd_applies(
 
 
 def ssd_assign(
-    priors: Priors, targets: Targets, *, positive_iou: float = 0.5, rule: str = "override", divisor: int = 32
+    priors: Priors,
+    targets: Targets,
+    *,
+    positive_iou: float = 0.5,
+    rule: ForceRule = "override",
+    divisor: int = 32,
 ) -> Assignment:
     """Give each prior the object it overlaps most, if by enough, and each object one prior whatever the overlap.
 

@@ -9,7 +9,6 @@ A GPU begins with :mod:`detcore.kernels.fixed_rounds`; what is here is its secon
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,24 +157,24 @@ def _select_by_image(scores: Scores, pred: Predictions, sizes: Tensor, rule: Rul
     best, open_ = bound.ranking[..., 0], open_priors(bound, rule)  # B N
     found = [_best_of_image(scores, pred, sizes, b, open_[b], best[b], rule) for b in range(len(best))]
 
-    def padded(values: Callable[[_Pairs], Tensor], empty: int = 0) -> Tensor:
-        rows = [values(pairs) for pairs in found]
+    def padded(rows: list[Tensor], empty: int = 0) -> Tensor:
         slots = rows[0].new_full((len(rows), rule.max_detections), empty)
         for slot, row in zip(slots, rows, strict=True):
             slot[: len(row)] = row
         return slots
 
-    prior, label = padded(lambda p: p.prior), padded(lambda p: p.label, BACKGROUND)
+    prior, label = padded([p.prior for p in found]), padded([p.label for p in found], BACKGROUND)
     valid = label != BACKGROUND
+    quality = [p.quality for p in found if p.quality is not None]  # of every image or of none
     image = torch.arange(len(prior), device=prior.device)[:, None]
     boxes = clip_boxes(pred.boxes[image, prior], sizes)
     return Detections(
         boxes=torch.where(valid[..., None], boxes, 0.0),
-        scores=padded(lambda p: p.ranking),
+        scores=padded([p.ranking for p in found]),
         labels=label,
         valid=valid,
-        class_scores=padded(lambda p: p.classes),
-        quality=None if bound.quality is None else padded(lambda p: p.quality),
+        class_scores=padded([p.classes for p in found]),
+        quality=padded(quality) if quality else None,
         prior=prior,
     )
 
