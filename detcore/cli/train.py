@@ -138,7 +138,7 @@ class Train(Common):
             for split, dataset in sets.items():
                 announce(dataset, split)
         judge = _Judge(sets["test"], pictures, self, device)
-        history = train(detector, self._loader(sets["train"], pictures, state), config, validate=judge)
+        history = train(detector, self._loader(sets["train"], pictures, state, device), config, validate=judge)
         if state.is_main_process:
             metrics = judge.at_the_end(history.model, config.epochs - 1)
             result = {
@@ -226,7 +226,9 @@ class Train(Common):
                     f"detcore: --resume must go on with the same {name} as {path}, {before.get(name)}; got {value}."
                 )
 
-    def _loader(self, dataset: DetectionDataset, pictures: dict[str, Any], state: PartialState) -> Any:
+    def _loader(
+        self, dataset: DetectionDataset, pictures: dict[str, Any], state: PartialState, device: torch.device
+    ) -> Any:
         options: dict[str, Any] = {
             "batch_size": self.batch_size,
             "shuffle": True,
@@ -238,10 +240,10 @@ class Train(Common):
         }
         if has_one_size(pictures) and self.augment != "ssd":
             flip = 0.5 if self.augment == "flip" else 0.0
-            options |= {"threads": self.workers, "difficult": self.difficult, "flip": flip, "device": state.device}
+            options |= {"threads": self.workers, "difficult": self.difficult, "flip": flip, "device": device}
             return cached_loader(dataset, pictures, **options)
         options |= {"num_workers": self.workers, "augment": self.augment, "difficult": self.difficult}
-        return loader_to_train(dataset, pictures, device=state.device, **options)
+        return loader_to_train(dataset, pictures, device=device, **options)
 
 
 class _Judge:

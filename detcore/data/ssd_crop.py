@@ -82,8 +82,8 @@ class SsdCrop(nn.Module):
 
     def forward(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Picture uint8 (3, size, size), and the objects that are left, their boxes not clipped."""
-        target, *place = self._place(target, *image.shape[-2:])
-        return tv_tensors.Image(self._render(image.as_subclass(Tensor), *place)), target
+        target, across, down, mirrored = self._place(target, *image.shape[-2:])
+        return tv_tensors.Image(self._render(image.as_subclass(Tensor), across, down, mirrored)), target
 
     def move_boxes(self, target: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         """What :meth:`forward` makes of the objects, from the same random numbers, without their picture.
@@ -146,11 +146,11 @@ class SsdCrop(nn.Module):
         if not len(boxes):
             return np.full(len(windows), self.rule != "torchvision")
         if least == 0:
-            return inside.any(1)
+            return np.any(inside, 1)
         reached = _overlaps(windows, boxes) >= least
         if self.rule == "torchvision":
-            return (reached & inside).any(1)
-        return (reached.any(1) if self.rule == "some" else reached.all(1)) & inside.any(1)
+            return np.any(reached & inside, 1)
+        return (np.any if self.rule == "some" else np.all)(reached, 1) & np.any(inside, 1)
 
     def _render(self, image: Tensor, across: "_Span", down: "_Span", mirrored: bool) -> Tensor:
         """What the window shows of the picture, on the mean colour."""

@@ -162,7 +162,7 @@ def _rounds(
     ends = np.cumsum(sizes)
     for low, high in zip(ends - sizes, ends, strict=True):
         candidates = order[low:high]
-        objects = np.arange(count[candidates[0]])
+        objects = np.arange(int(count[candidates[0]]))
         yield candidates, (high - low - np.searchsorted(count[candidates[::-1]], objects, side="right")).tolist()
 
 

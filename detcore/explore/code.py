@@ -42,7 +42,7 @@ def source(obj: Any, *, docstring: bool = True) -> None:
 
 
 def _without_docstrings(code: str) -> str:
-    lines = code.splitlines()
+    lines: list[str | None] = [*code.splitlines()]
     for node in ast.walk(ast.parse(code)):
         if (
             isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
@@ -51,8 +51,8 @@ def _without_docstrings(code: str) -> str:
             text = node.body[0]
             indent = " " * text.col_offset
             # a body of nothing but its docstring still needs a statement
-            lines[text.lineno - 1 : text.end_lineno] = [indent + "..." if len(node.body) == 1 else None] + [None] * (
-                text.end_lineno - text.lineno
-            )
+            first, last = text.lineno - 1, text.end_lineno or text.lineno
+            lines[first:last] = [None] * (last - first)
+            lines[first] = indent + "..." if len(node.body) == 1 else None
     kept = [line for line in lines if line is not None]
     return re.sub(r":\n\n+", ":\n", "\n".join(kept))

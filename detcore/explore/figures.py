@@ -171,7 +171,7 @@ def _explore_live(
 
     def draw(**stops: int) -> None:
         values = {name: controls[name].values[stop] for name, stop in stops.items()}
-        with rc_context(STYLE):
+        with rc_context(dict(STYLE)):
             html = _still(fn(**values), "explore: what fn returns", say(**values), fmt)
         _display(html, say(**values))
 
@@ -198,7 +198,7 @@ def _explore_static(
     frames, alts, width = [], [], 0.0
     for combination in combinations:
         values = dict(zip(controls, combination, strict=True))
-        with rc_context(STYLE):
+        with rc_context(dict(STYLE)):
             fig = checked(fn(**values), "explore: what fn returns")
             frames.append(draw(fig, fmt))
         alts.append(say(**values))

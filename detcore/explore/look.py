@@ -30,7 +30,8 @@ PALETTE: Mapping[str, str] = MappingProxyType(
 Colour is never the only sign in a figure: vary the line style or the marker too.
 """
 
-STYLE: Mapping[str, Any] = MappingProxyType(
+# Its keys are str; matplotlib asks for a type of its own that older versions do not have.
+STYLE: Mapping[Any, Any] = MappingProxyType(
     {
         "figure.figsize": (4.8, 3.0),
         "figure.facecolor": "none",
