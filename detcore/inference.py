@@ -199,7 +199,8 @@ class PackedConv2d(FastConv2d):
 
     def _is_packable(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
+            isinstance(x, Tensor)
+            and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
             and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
             and torch.backends.mkldnn.enabled

@@ -9,10 +9,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from detcore import kernels
+from detcore.inference import PackedConv2d
 from detcore.kernels import halves, winograd
 from detcore.kernels.halves import in_float32, multiplied_as
 from detcore.models import get_model
 from detcore.nn.convolution import FastConv2d, FastConvTranspose2d, use_fast_convolutions
+from tests.samples import no_hook
 from tests.zoo import EVERY_NETWORK, ZOO, small
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -126,6 +128,12 @@ def test_switched_off_and_with_a_size_asked_for_it_is_torchs(widened):
 def test_maps_of_another_type_than_the_weights_are_refused_as_everywhere(make):
     with pytest.raises(RuntimeError, match=r"should be the same|expected scalar type"):
         make(4, 4, 3)(torch.randn(1, 4, 6, 6).bfloat16())
+
+
+@pytest.mark.parametrize("make", [FastConv2d, FastConvTranspose2d, PackedConv2d])
+def test_what_is_no_tensor_is_refused_as_everywhere(make):
+    with no_hook(), pytest.raises(TypeError, match=r"got \(tuple|not tuple"):
+        make(4, 4, 3)((torch.zeros(1, 4, 6, 6),) * 2)
 
 
 def test_other_types_and_processors_that_have_it_are_left_alone(monkeypatch, widened):

@@ -89,7 +89,7 @@ def use_fast_convolutions(module: nn.Module) -> None:
 
 
 def _may_choose(x: Tensor) -> bool:
-    return enabled() and x.device.type == "cpu"
+    return isinstance(x, Tensor) and enabled() and x.device.type == "cpu"  # what is no tensor is torch's to refuse
 
 
 def _computed_in(x: Tensor) -> torch.dtype:
