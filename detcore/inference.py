@@ -149,7 +149,7 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 class PackedConv2d(FastConv2d):
     """A convolution that keeps its weights as oneDNN or Winograd's way wants them; others arrange them in every call.
 
-    So does it elsewhere than on a processor, in a compiled graph, under autocast and where gradients are wanted.
+    Elsewhere than on a processor, in a compiled graph, under autocast and where gradients are wanted it is like others.
 
     Example:
         >>> conv, x = PackedConv2d(2, 3, 1).requires_grad_(False), torch.ones(1, 2, 4, 4)
