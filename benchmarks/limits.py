@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> list[Timing]:
     """Check, time, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small pictures and 3 repeats: does it run? not a result")
-    parser.add_argument("--budget", type=float, default=60.0, help="processor seconds a row, once it has three repeats")
+    parser.add_argument("--budget", type=float, default=24.0, help="processor seconds a row, once it has three repeats")
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="JSON file; not written by --quick")
     options = parser.parse_args(arguments)
     setting = replace(QUICK if options.quick else Setting(), budget=options.budget)

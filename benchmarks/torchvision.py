@@ -59,7 +59,7 @@ class Setting:
     per_level: int = 1000
     augmented: int = 16
     repeats: int = 15
-    budget: float = 60.0
+    budget: float = 24.0
 
 
 QUICK = Setting(

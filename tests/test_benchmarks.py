@@ -108,6 +108,19 @@ def test_measure_takes_the_median_of_paired_ratios():
     assert "2.00" in timing.table([measured], "torchvision")
 
 
+@pytest.mark.parametrize(("budget", "runs"), [(7.9, 1 + 3), (8.0, 2 + 3)])
+def test_measure_warms_up_once_where_that_takes_the_budget(budget, runs):
+    now, sides = [0.0], []
+
+    def work(side):
+        now[0] += 4.0
+        sides.append(side)
+
+    row = timing.Row("a row", check=int, theirs=lambda: work("theirs"), ours=lambda: work("ours"))
+    assert timing.measure(row, repeats=20, budget=budget, clock=lambda: now[0]).repeats == 3
+    assert [sides.count("theirs"), sides.count("ours")] == [runs, runs]
+
+
 def test_measure_stops_when_its_budget_is_spent():
     row = timing.Row("a row", check=int, theirs=lambda: sum(range(1000)), ours=lambda: sum(range(1000)))
     assert timing.measure(row, repeats=20, budget=0.0).repeats == 3
