@@ -46,11 +46,10 @@ def reference_chain(*, pil: bool, colours: bool = True) -> v2.Transform:
 def samples(count: int) -> list[tuple[tv_tensors.Image, dict[str, Any]]]:
     """Pictures of VOC's size with their objects, one after the other as a data set gives them."""
     generator = torch.Generator().manual_seed(0)
-    stretch = torch.tensor([WIDTH / HEIGHT, 1.0]).repeat(2)
     made = []
-    for target in objects(count, HEIGHT, OBJECTS, 20):
+    for target in objects(count, (HEIGHT, WIDTH), OBJECTS, 20):
         pixels = torch.randint(256, (3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
-        boxes = tv_tensors.BoundingBoxes(target["boxes"] * stretch, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(HEIGHT, WIDTH))
         made.append((tv_tensors.Image(pixels), {**target, "boxes": boxes}))
     return made
 

@@ -12,13 +12,19 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from benchmarks.synthetic import objects, seeded, trained_outputs, trained_points
+from benchmarks.synthetic import Shape, objects, seeded, trained_outputs, trained_points
 from detcore.default_boxes import LAYOUTS
 from detcore.detector import DenseDetector
 from detcore.models import fcos, retinanet, ssd
 from detcore.structures import Predictions, Priors, pad_targets
 
 Maps = dict[str, Tensor]
+
+
+def canvas_of(shape: Shape) -> Shape:
+    """What a batch of such pictures is padded to."""
+    height, width = (-(-side // 32) * 32 for side in shape)
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,11 @@ class Case:
     normalised_by_picture: bool
     first_label: int = 0
 
-    def side(self, size: int) -> int:
-        """Side in pixels of this detector's pictures where the setting asks for ``size``."""
-        return size
+    def shape(self, wanted: Shape) -> Shape:
+        """Of this detector's pictures where the setting asks for ``wanted``."""
+        return wanted
 
-    def both(self, size: int, num_classes: int, backbone: str = "resnet18") -> tuple[nn.Module, DenseDetector]:
+    def both(self, shape: Shape, num_classes: int, backbone: str = "resnet18") -> tuple[nn.Module, DenseDetector]:
         """Theirs on a ResNet with random weights, and ours with the same."""
         torch.manual_seed(0)
         trunk = resnet_fpn_backbone(
@@ -64,14 +70,14 @@ class Case:
             returned_layers=[2, 3, 4],
             extra_blocks=LastLevelP6P7(256, 256),
         )
-        theirs = self.theirs(trunk, num_classes, min_size=size, max_size=size)
+        theirs = self.theirs(trunk, num_classes, min_size=min(shape), max_size=max(shape))
         return theirs, self.convert(theirs)
 
-    def priors(self, ours: DenseDetector, size: int) -> Priors:
+    def priors(self, ours: DenseDetector, shape: Shape) -> Priors:
         """The priors of one batch of pictures; both sides have the same."""
-        sides = [size // stride for stride in (8, 16, 32)]
-        sides += [-(-sides[-1] // 2), -(-sides[-1] // 4)]  # P6 and P7 are halved, rounding up
-        return ours.priors([torch.empty(1, 1, side, side) for side in sides], (size, size))
+        canvas = canvas_of(shape)
+        maps = [[-(-side // stride) for side in canvas] for stride in (8, 16, 32, 64, 128)]  # halved, rounding up
+        return ours.priors([torch.empty(1, 1, *sides) for sides in maps], canvas)
 
     def their_targets(self, targets: list[Maps]) -> list[Maps]:
         """The objects as they number classes."""
@@ -96,9 +102,9 @@ class Case:
         made |= {name: draw(1) for name in self.maps if name not in made}
         return {name: value.requires_grad_() for name, value in made.items()}
 
-    def trained_maps(self, ours: DenseDetector, priors: Priors, batch: int, size: int, per_level: int) -> Maps:
+    def trained_maps(self, ours: DenseDetector, priors: Priors, batch: int, shape: Shape, per_level: int) -> Maps:
         """Outputs that post-processing meets after training."""
-        return self.trained(ours, priors, objects(batch, size, 10, ours.num_classes), per_level)
+        return self.trained(ours, priors, objects(batch, shape, 10, ours.num_classes), per_level)
 
     def predictions(self, ours: DenseDetector, maps: Maps, priors: Priors, *, decode: bool = True) -> Predictions:
         """The maps as our predictions; ``decode=False`` where nobody reads the boxes."""
@@ -127,32 +133,32 @@ class Case:
         return [losses[name] for name in self.terms.values()]
 
     def their_detections(
-        self, theirs: nn.Module, maps: Maps, priors: Priors, size: int
+        self, theirs: nn.Module, maps: Maps, priors: Priors, shape: Shape
     ) -> Callable[[], list[dict[str, Tensor]]]:
         """What works out their detections of these outputs."""
         batch = len(maps["deltas"])
         outputs = {name: list(value.split(priors.counts, 1)) for name, value in self.outputs(maps).items()}
         anchors = [list(priors.boxes[0].split(priors.counts))] * batch
-        return functools.partial(theirs.postprocess_detections, outputs, anchors, [(size, size)] * batch)
+        return functools.partial(theirs.postprocess_detections, outputs, anchors, [shape] * batch)
 
 
 class SsdCase(Case):
     """SSD300 on VGG-16: pictures of 300 pixels, and background is their class 0 and our last channel."""
 
-    def side(self, size: int) -> int:
-        """Always 300."""
-        return 300
+    def shape(self, wanted: Shape) -> Shape:
+        """Always 300 x 300."""
+        return 300, 300
 
-    def both(self, size: int, num_classes: int, backbone: str = "vgg16") -> tuple[nn.Module, DenseDetector]:
+    def both(self, shape: Shape, num_classes: int, backbone: str = "vgg16") -> tuple[nn.Module, DenseDetector]:
         """Theirs with random weights, and ours with the same; the trunk is always VGG-16."""
         torch.manual_seed(0)
         theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=num_classes)
         return theirs, self.convert(theirs)
 
-    def priors(self, ours: DenseDetector, size: int) -> Priors:
+    def priors(self, ours: DenseDetector, shape: Shape) -> Priors:
         """The 8732 default boxes."""
         maps = [torch.empty(1, 1, side, side) for side in LAYOUTS["ssd300_coco"].maps]
-        return ours.priors(maps, (300, 300))
+        return ours.priors(maps, shape)
 
     def as_theirs(self, maps: Maps) -> Maps:
         """Background first."""
@@ -166,11 +172,11 @@ class SsdCase(Case):
         return [losses[name] for name in self.terms.values()]
 
     def their_detections(
-        self, theirs: nn.Module, maps: Maps, priors: Priors, size: int
+        self, theirs: nn.Module, maps: Maps, priors: Priors, shape: Shape
     ) -> Callable[[], list[dict[str, Tensor]]]:
         """What works out their detections; levels are joined."""
         batch = len(maps["deltas"])
-        anchors, sizes = [priors.boxes[0]] * batch, [(size, size)] * batch
+        anchors, sizes = [priors.boxes[0]] * batch, [shape] * batch
         return functools.partial(theirs.postprocess_detections, self.outputs(maps), anchors, sizes)
 
 

@@ -25,7 +25,7 @@ from benchmarks.timing import ROOT, Row, Timing, measure, table, write
 from benchmarks.torchvision import QUICK, Setting
 
 OUTPUT = ROOT / "results" / "benchmarks" / "gpu.json"
-LARGE = 1056  # squared 1.1 megapixels, a little more than 800 x 1333
+LARGE = (800, 1333)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def plan() -> Iterator[tuple[str, Callable[[], Row]]]:
         yield f"{key}-320", small.pop(key)
     yield "ssd300-step-bf16-32", many["ssd300-step-bf16"]
     for key in ("retinanet-step-bf16", "retinanet-loss", "retinanet-postprocess-8"):
-        yield f"{key}-{LARGE}", large[key]
+        yield f"{key}-800x1333", large[key]
     retinanet = torchvision.CASES["retinanet"]
     yield (
         "retinanet-step-bf16-320-graphs",
@@ -69,7 +69,7 @@ def plan() -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def quick_plan() -> Iterator[tuple[str, Callable[[], Row]]]:
     """One row of each kind, small."""
-    made = torchvision.rows(replace(QUICK, size=96, num_classes=5, detect_batches=(2,), per_level=50))
+    made = torchvision.rows(replace(QUICK, size=(96, 96), num_classes=5, detect_batches=(2,), per_level=50))
     for key in ("retinanet-loss", "retinanet-postprocess-2", "retinanet-step-fp32", "retinanet-inference-fp32-2"):
         yield key, made[key]
 
@@ -124,7 +124,12 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     record = {
         "command": " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]),
         "allocator": "torch's own",
-        "setting": {"minutes": options.minutes, "backbone": "resnet50", "batches": [8, 16, 32], "sizes": [320, LARGE]},
+        "setting": {
+            "minutes": options.minutes,
+            "backbone": "resnet50",
+            "batches": [8, 16, 32],
+            "sizes": [Setting().size, LARGE],
+        },
         "clock": "wall time between synchronisations, sides interleaved; ratio is the median of paired ratios",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.growth`` makes sure that both sides compute the same, then takes the time of both by turns, and,
 in a process of its own where memory is handled as everywhere, how much each takes above what it was given.
-Pictures are squares; 1024 pixels a side are those of 800 x 1333.
+Pictures are squares, and at last 800 x 1333.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from benchmarks.cases import CASES
+from benchmarks.synthetic import Shape
 from benchmarks.timing import ROOT, Row, Timing, keep_memory, measure, peak_memory, table, write
 from benchmarks.torchvision import Setting, loss_row
 
@@ -28,11 +29,11 @@ OUTPUT = ROOT / "results" / "benchmarks" / "growth.json"
 
 @dataclass(frozen=True)
 class Point:
-    """What both sides are given: pictures a batch, objects a picture, side of a picture in pixels."""
+    """What both sides are given: pictures a batch, objects a picture, height and width of a picture in pixels."""
 
     batch: int = 4
     objects: int = 7
-    size: int = 320
+    size: Shape = (320, 320)
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,25 @@ class Growth(Timing):
         ours_peak_mb: the same of ours.
         batch: pictures.
         objects: of a picture.
-        size: side of a picture in pixels.
+        size: height and width of a picture in pixels.
     """
 
     theirs_peak_mb: float
     ours_peak_mb: float
     batch: int
     objects: int
-    size: int
+    size: Shape
 
 
-AXES = {"batch": (1, 2, 4, 8, 16), "objects": (1, 7, 30, 100), "size": (320, 512, 768, 1024)}
-QUICK = {"batch": (1, 2), "objects": (1, 7), "size": (96, 128)}
+AXES = {
+    "batch": (1, 2, 4, 8, 16),
+    "objects": (1, 7, 30, 100),
+    "size": ((320, 320), (512, 512), (768, 768), (800, 1333)),
+}
+QUICK = {"batch": (1, 2), "objects": (1, 7), "size": ((96, 96), (128, 128))}
 
 
-def points(axes: dict[str, tuple[int, ...]], base: Point) -> list[Point]:
+def points(axes: dict[str, tuple], base: Point) -> list[Point]:
     """One axis at a time from the same base, each point once."""
     fields = asdict(base)
     made = [Point(**{**fields, axis: value}) for axis, values in axes.items() for value in values]
@@ -69,7 +74,7 @@ def row_at(point: Point, num_classes: int) -> Row:
     """Both sides at one point."""
     setting = Setting(size=point.size, num_classes=num_classes, objects=point.objects, batch=point.batch)
     row = loss_row(CASES["retinanet"], setting)
-    name = f"B={point.batch}, M={point.objects}, {point.size} px"
+    name = f"B={point.batch}, M={point.objects}, {point.size[0]} x {point.size[1]} px"
     return Row(name, row.check, row.theirs, row.ours)
 
 
@@ -133,11 +138,12 @@ def main(arguments: list[str] | None = None) -> list[Growth]:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.memory is not None:
-        print(json.dumps(memory([Point(**fields) for fields in options.memory], options.classes)))
+        at = [Point(**{**fields, "size": tuple(fields["size"])}) for fields in options.memory]
+        print(json.dumps(memory(at, options.classes)))
         return []
 
     axes = QUICK if options.quick else AXES
-    at = points(axes, Point(batch=2, size=96) if options.quick else Point())
+    at = points(axes, Point(batch=2, size=(96, 96)) if options.quick else Point())
     held = memory_in_a_process(at, options.classes)
     keeps = keep_memory()
     command = " ".join(["python -m benchmarks.growth", *(sys.argv[1:] if arguments is None else arguments)])

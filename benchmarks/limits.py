@@ -25,11 +25,11 @@ OUTPUT = ROOT / "results" / "benchmarks" / "limits.json"
 
 def limit_row(case: Case, setting: Setting, precision: str) -> Row:
     """Both on one padded batch, as a loader hands it over, in channels_last and with the fused optimiser."""
-    size = case.side(setting.size)
-    _, ours = case.both(size, setting.num_classes, setting.backbone)
+    shape = case.shape(setting.size)
+    _, ours = case.both(shape, setting.num_classes, setting.backbone)
     ours = ours.to(memory_format=torch.channels_last).train()
-    images = torch.stack(pictures(setting.batch, size))
-    targets = pad_targets(objects(setting.batch, size, setting.objects, ours.num_classes))
+    images = torch.stack(pictures(setting.batch, shape))
+    targets = pad_targets(objects(setting.batch, shape, setting.objects, ours.num_classes))
     optimiser = torch.optim.SGD(ours.parameters(), lr=1e-5, momentum=0.9, weight_decay=1e-4, fused=True)
     slopes: list[Tensor] = []
 

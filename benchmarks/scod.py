@@ -41,7 +41,7 @@ def rows(setting: dict) -> dict[str, Callable[[], Row]]:
     torch.manual_seed(0)
     detector = get_model("scod320", num_classes=setting["num_classes"], backbone=setting["backbone"]).train()
     images = torch.rand(setting["batch"], 3, setting["size"], setting["size"])
-    targets = pad_targets(objects(setting["batch"], setting["size"], setting["objects"], setting["num_classes"]))
+    targets = pad_targets(objects(setting["batch"], images.shape[2:], setting["objects"], setting["num_classes"]))
     optimiser = torch.optim.SGD(detector.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
     with torch.no_grad():
         pred = detector.predict(images)

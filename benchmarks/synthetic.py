@@ -16,18 +16,22 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
-def pictures(batch: int, size: int, *, seed: int = 0) -> list[Tensor]:
-    """Noise, (3, ``size``, ``size``) in 0..1 each."""
+Shape = tuple[int, int]
+"""Height and width in pixels."""
+
+
+def pictures(batch: int, shape: Shape, *, seed: int = 0) -> list[Tensor]:
+    """Noise, (3, H, W) in 0..1 each."""
     generator = seeded(seed)
-    return [torch.rand(3, size, size, generator=generator) for _ in range(batch)]
+    return [torch.rand(3, *shape, generator=generator) for _ in range(batch)]
 
 
-def objects(batch: int, size: int, count: int, num_classes: int, *, same_boxes: bool = False, seed: int = 0):
-    """One dict of ``boxes`` and ``labels`` a picture; sides log-uniform from 16 pixels to most of the picture.
+def objects(batch: int, shape: Shape, count: int, num_classes: int, *, same_boxes: bool = False, seed: int = 0):
+    """One dict of ``boxes`` and ``labels`` a picture; sides log-uniform from 16 pixels to most of the short side.
 
     Args:
         batch: pictures.
-        size: side of a picture in pixels.
+        shape: of a picture.
         count: objects a picture.
         num_classes: labels are 0..``num_classes`` - 1.
         same_boxes: give every picture the same boxes (labels still differ): then every picture has as many
@@ -35,7 +39,7 @@ def objects(batch: int, size: int, count: int, num_classes: int, *, same_boxes: 
         seed: of the generator.
     """
     generator = seeded(seed)
-    boxes = [_boxes(count, size, generator) for _ in range(batch)]
+    boxes = [_boxes(count, shape, generator) for _ in range(batch)]
     return [
         {
             "boxes": boxes[0 if same_boxes else i],
@@ -45,12 +49,13 @@ def objects(batch: int, size: int, count: int, num_classes: int, *, same_boxes: 
     ]
 
 
-def _boxes(count: int, size: int, generator: torch.Generator) -> Tensor:
-    x, y, scale, shape = torch.rand(4, count, generator=generator)
-    side = 16 * torch.exp(scale * math.log(0.9 * size / 16))
-    stretch = torch.exp((shape - 0.5) * 0.6)
-    corner = (torch.stack([x, y], dim=1) * size).clamp(max=size - 16)
-    return torch.cat([corner, corner + torch.stack([side * stretch, side / stretch], dim=1)], dim=1).clamp(max=size)
+def _boxes(count: int, shape: Shape, generator: torch.Generator) -> Tensor:
+    x, y, scale, aspect = torch.rand(4, count, generator=generator)
+    side = 16 * torch.exp(scale * math.log(0.9 * min(shape) / 16))
+    stretch = torch.exp((aspect - 0.5) * 0.6)
+    end = torch.tensor(shape[::-1])
+    corner = (torch.stack([x, y], dim=1) * end).minimum(end - 16)
+    return torch.cat([corner, (corner + torch.stack([side * stretch, side / stretch], dim=1)).minimum(end)], dim=1)
 
 
 def trained_outputs(

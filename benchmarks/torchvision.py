@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from benchmarks.augmentation import augmentation_row
 from benchmarks.cases import CASES, Case, Maps
 from benchmarks.matching import matching_rows
-from benchmarks.synthetic import objects, pictures
+from benchmarks.synthetic import Shape, objects, pictures
 from benchmarks.timing import ROOT, Row, Timing, time_all
 from detcore import kernels
 from detcore.boxes import pairwise_iou
@@ -36,26 +36,26 @@ class Setting:
     """What both sides are given.
 
     Args:
-        size: side of the pictures in pixels, a multiple of 32; SSD300's are 300.
+        size: height and width of the pictures in pixels; SSD300's are 300 x 300.
         backbone: trunk under the pyramid; SSD300's is VGG-16.
         num_classes: logits a prior; torchvision's COCO models have 91.
         objects: objects a picture.
         batch: pictures in training.
         detect_batches: pictures in post-processing and inference.
-        large: side of the large pictures; 1024 has the pixels of 800 x 1333.
+        large: the same of large pictures.
         per_level: background pairs above the score threshold on each level.
         augmented: pictures in augmentation.
         repeats: timed runs of each side.
         budget: processor seconds a row, once it has three repeats.
     """
 
-    size: int = 320
+    size: Shape = (320, 320)
     backbone: str = "resnet18"
     num_classes: int = 91
     objects: int = 7
     batch: int = 4
     detect_batches: tuple[int, ...] = (1, 8)
-    large: int = 1024
+    large: Shape = (800, 1333)
     per_level: int = 1000
     augmented: int = 16
     repeats: int = 15
@@ -63,7 +63,14 @@ class Setting:
 
 
 QUICK = Setting(
-    size=128, large=192, num_classes=21, batch=2, detect_batches=(1, 2), per_level=200, augmented=4, repeats=3
+    size=(128, 128),
+    large=(160, 250),
+    num_classes=21,
+    batch=2,
+    detect_batches=(1, 2),
+    per_level=200,
+    augmented=4,
+    repeats=3,
 )
 
 
@@ -96,10 +103,10 @@ def loss_row(case: Case, setting: Setting, *, form: str = "kernels") -> Row:
         setting: of the benchmark.
         form: which of our functions run, one of ``FORMS``.
     """
-    size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
-    priors = case.priors(ours, size)
-    targets = objects(setting.batch, size, setting.objects, ours.num_classes)
+    shape = case.shape(setting.size)
+    theirs, ours = case.both(shape, setting.num_classes, setting.backbone)
+    priors = case.priors(ours, shape)
+    targets = objects(setting.batch, shape, setting.objects, ours.num_classes)
     padded, their_targets = pad_targets(targets), case.their_targets(targets)
     maps = case.random_maps((setting.batch, sum(priors.counts)), setting.num_classes)
     their_maps = {name: value.detach().requires_grad_() for name, value in case.as_theirs(maps).items()}
@@ -150,18 +157,18 @@ def loss_row(case: Case, setting: Setting, *, form: str = "kernels") -> Row:
 
 def postprocess_row(case: Case, setting: Setting, batch: int, *, trained: bool = True) -> Row:
     """From the head's outputs to detections; decoding is part of it."""
-    size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
-    priors = case.priors(ours, size)
+    shape = case.shape(setting.size)
+    theirs, ours = case.both(shape, setting.num_classes, setting.backbone)
+    priors = case.priors(ours, shape)
     if trained:
-        maps = case.trained_maps(ours, priors, batch, size, setting.per_level)
+        maps = case.trained_maps(ours, priors, batch, shape, setting.per_level)
     else:
         maps = {
             name: value.detach()
             for name, value in case.random_maps((batch, sum(priors.counts)), setting.num_classes).items()
         }
-    sizes = torch.full((batch, 2), size)
-    by_torchvision = torch.no_grad()(case.their_detections(theirs, case.as_theirs(maps), priors, size))
+    sizes = torch.tensor([shape] * batch)
+    by_torchvision = torch.no_grad()(case.their_detections(theirs, case.as_theirs(maps), priors, shape))
 
     @torch.no_grad()
     def by_detcore():
@@ -227,11 +234,11 @@ def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = Fa
         precision: of both sides.
         graphed: whether our loss is compiled and replayed as CUDA graphs, as by ``TrainConfig.cuda_graphs``.
     """
-    size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
+    shape = case.shape(setting.size)
+    theirs, ours = case.both(shape, setting.num_classes, setting.backbone)
     theirs, ours = prepared(theirs, precision).train(), ours.to(memory_format=torch.channels_last).train()
-    images = pictures(setting.batch, size)
-    targets = objects(setting.batch, size, setting.objects, ours.num_classes)
+    images = pictures(setting.batch, shape)
+    targets = objects(setting.batch, shape, setting.objects, ours.num_classes)
 
     plain = copy.deepcopy(ours) if graphed else ours  # a copy of what is compiled would train the original
 
@@ -254,7 +261,7 @@ def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = Fa
         return step
 
     def check() -> None:
-        alike = objects(setting.batch, size, setting.objects, ours.num_classes, same_boxes=True)
+        alike = objects(setting.batch, shape, setting.objects, ours.num_classes, same_boxes=True)
         # of copies, so that the statistics of batch norm stay as they are
         mine = ready(copy.deepcopy(plain)), case.terms, alike
         sides = (mine, (copy.deepcopy(theirs), case.terms.values(), case.their_targets(alike)))
@@ -288,20 +295,20 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
         precision: of both sides.
         compiled: whether our network is, and on a GPU replayed as CUDA graphs; theirs never is.
     """
-    size = case.side(setting.size)
-    theirs, ours = case.both(size, setting.num_classes, setting.backbone)
+    shape = case.shape(setting.size)
+    theirs, ours = case.both(shape, setting.num_classes, setting.backbone)
     theirs, ours = prepared(theirs, precision).eval(), ours.optimize_for_inference(precision=precision)
-    images = pictures(batch, size)
-    priors = case.priors(ours, size)
-    maps = case.trained_maps(ours, priors, batch, size, setting.per_level)
+    images = pictures(batch, shape)
+    priors = case.priors(ours, shape)
+    maps = case.trained_maps(ours, priors, batch, shape, setting.per_level)
     for model, values in ((theirs, case.as_theirs(maps)), (ours, maps)):
         for name, convolutions in () if compiled and model is ours else case.convolutions(model).items():
-            answer_with(convolutions, values[name], priors, ours.head.num_priors)
+            answer_with(convolutions, values[name], priors)
     if compiled:
         on_gpu = torch.get_default_device().type == "cuda"  # "reduce-overhead" is torch's name for CUDA graphs
         network = torch.compile(ours.predict, dynamic=False, **({"mode": "reduce-overhead"} if on_gpu else {}))
         with torch.no_grad(), inductor.patch(freezing=not on_gpu):  # as an option of torch.compile it comes too late
-            network(torch.stack(pictures(batch, size)))
+            network(torch.stack(pictures(batch, shape)))
         answer = case.predictions(ours, {name: value.bfloat16() for name, value in maps.items()}, priors)
         ours.predict = lambda images: network(images) and answer  # the network works, as if it had been trained
 
@@ -325,19 +332,17 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
     return Row(f"{case.title}: {kind}, {precision}, B={batch}", check, by_torchvision, by_detcore)
 
 
-def answer_with(convolutions: list[nn.Module], values: Tensor, priors: Priors, per_cell: int | tuple[int, ...]) -> None:
+def answer_with(convolutions: list[nn.Module], values: Tensor, priors: Priors) -> None:
     """Let the last convolutions work as always but answer ``values`` (B, N, n), as if they had been trained."""
-    per_cell = (per_cell,) * len(priors.counts) if isinstance(per_cell, int) else per_cell
     grids, made = {}, {}
-    for level, count in zip(values.split(priors.counts, dim=1), per_cell, strict=True):
-        side = round((level.shape[1] / count) ** 0.5)  # pictures are square
-        grids[side] = level.reshape(len(level), side, side, -1).permute(0, 3, 1, 2)  # B, prior * n + component, y, x
+    for level, sides in zip(values.split(priors.counts, dim=1), priors.maps, strict=True):
+        grids[sides] = level.reshape(len(level), *sides, -1).permute(0, 3, 1, 2)  # B, prior * n + component, y, x
 
     def answer(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        side = output.shape[-1]
-        if side not in made:  # of the type and in the layout that the convolution gives
-            made[side] = torch.empty_like(output).copy_(grids[side])
-        return made[side]
+        sides = tuple(output.shape[-2:])
+        if sides not in made:  # of the type and in the layout that the convolution gives
+            made[sides] = torch.empty_like(output).copy_(grids[sides])
+        return made[sides]
 
     for convolution in convolutions:
         convolution.register_forward_hook(answer)

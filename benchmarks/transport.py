@@ -34,7 +34,7 @@ class Ready(Dataset):
         generator = torch.Generator().manual_seed(0)
         shape = (64, 3, setting["size"], setting["size"])  # 64 different ones do
         self.pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        self.targets = objects(64, setting["size"], setting["objects"], 20)
+        self.targets = objects(64, shape[2:], setting["objects"], 20)
         self.length, self.as_float = setting["pictures"], as_float
 
     def __len__(self) -> int:
