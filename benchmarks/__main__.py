@@ -16,6 +16,7 @@ MALLOC_OUTPUT = "results/benchmarks/torchvision_malloc.json"
 PARTS = {
     "torchvision": ["torchvision"],
     "malloc": ["torchvision", "--malloc", "system", "--only", "large", "--output", MALLOC_OUTPUT],
+    "mixed": ["mixed"],
     "limits": ["limits"],
     "growth": ["growth"],
     "evaluation": ["evaluation"],

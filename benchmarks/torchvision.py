@@ -89,6 +89,11 @@ def prepared(model: nn.Module, precision: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if precision == "bf16" else model
 
 
+def beside(precision: str, theirs_in: str) -> str:
+    """Says what their precision is where it is not ours."""
+    return "" if theirs_in == precision else f" beside {theirs_in}"
+
+
 # --- assignment and loss
 
 
@@ -222,7 +227,9 @@ def assert_similar_detections(mine: list[dict[str, Tensor]], theirs: list[dict[s
 # --- whole training step
 
 
-def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = False) -> Row:
+def step_row(
+    case: Case, setting: Setting, precision: str, *, graphed: bool = False, theirs_in: str | None = None
+) -> Row:
     """Pictures and objects in, weights updated: what a user's loop does, through the same door on both sides.
 
     Theirs as torchvision's reference scripts step, ours as :func:`detcore.training.train` does unless told
@@ -233,10 +240,12 @@ def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = Fa
         setting: of the benchmark.
         precision: of both sides.
         graphed: whether our loss is compiled and replayed as CUDA graphs, as by ``TrainConfig.cuda_graphs``.
+        theirs_in: precision of their side, if it is another.
     """
+    theirs_in = theirs_in or precision
     shape = case.shape(setting.size)
     theirs, ours = case.both(shape, setting.num_classes, setting.backbone)
-    theirs, ours = prepared(theirs, precision).train(), ours.to(memory_format=torch.channels_last).train()
+    theirs, ours = prepared(theirs, theirs_in).train(), ours.to(memory_format=torch.channels_last).train()
     images = pictures(setting.batch, shape)
     targets = objects(setting.batch, shape, setting.objects, ours.num_classes)
 
@@ -247,7 +256,7 @@ def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = Fa
             model.loss = torch.compile(model.loss, mode="reduce-overhead")  # torch's name for CUDA graphs
         return model
 
-    def stepper(model: nn.Module, targets: list[Maps], *, fused: bool) -> Callable[[], Tensor]:
+    def stepper(model: nn.Module, targets: list[Maps], precision: str, *, fused: bool) -> Callable[[], Tensor]:
         optimiser = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4, fused=fused)
 
         def step() -> Tensor:
@@ -263,11 +272,11 @@ def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = Fa
     def check() -> None:
         alike = objects(setting.batch, shape, setting.objects, ours.num_classes, same_boxes=True)
         # of copies, so that the statistics of batch norm stay as they are
-        mine = ready(copy.deepcopy(plain)), case.terms, alike
-        sides = (mine, (copy.deepcopy(theirs), case.terms.values(), case.their_targets(alike)))
+        mine = ready(copy.deepcopy(plain)), case.terms, alike, precision
+        sides = (mine, (copy.deepcopy(theirs), case.terms.values(), case.their_targets(alike), theirs_in))
         losses, slopes = [], []
-        for model, names, own in sides:
-            with running(precision):
+        for model, names, own, own_precision in sides:
+            with running(own_precision):
                 terms = model(images, own)
             sum(terms.values()).backward()
             losses.append(torch.stack([terms[name].detach().float() for name in names]))
@@ -277,15 +286,24 @@ def step_row(case: Case, setting: Setting, precision: str, *, graphed: bool = Fa
         assert_close(losses[0], losses[1], rtol=tolerance, atol=0.0)
         assert_close(slopes[0], slopes[1], rtol=tolerance, atol=floor * float(slopes[1].max()))
 
-    name = f"{case.title}: training step{', graphs' if graphed else ''}, {precision}, B={setting.batch}"
-    by_torchvision = stepper(theirs, case.their_targets(targets), fused=False)
-    return Row(name, check, by_torchvision, stepper(ready(ours), targets, fused=True))
+    kind = f"training step{', graphs' if graphed else ''}, {precision}{beside(precision, theirs_in)}"
+    by_torchvision = stepper(theirs, case.their_targets(targets), theirs_in, fused=False)
+    by_detcore = stepper(ready(ours), targets, precision, fused=True)
+    return Row(f"{case.title}: {kind}, B={setting.batch}", check, by_torchvision, by_detcore)
 
 
 # --- inference end to end
 
 
-def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, compiled: bool = False) -> Row:
+def inference_row(
+    case: Case,
+    setting: Setting,
+    batch: int,
+    precision: str,
+    *,
+    compiled: bool = False,
+    theirs_in: str | None = None,
+) -> Row:
     """Pictures in, detections out: theirs under autocast where it is bfloat16, ours made ready for it.
 
     Args:
@@ -294,10 +312,12 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
         batch: pictures.
         precision: of both sides.
         compiled: whether our network is, and on a GPU replayed as CUDA graphs; theirs never is.
+        theirs_in: precision of their side, if it is another.
     """
+    theirs_in = theirs_in or precision
     shape = case.shape(setting.size)
     theirs, ours = case.both(shape, setting.num_classes, setting.backbone)
-    theirs, ours = prepared(theirs, precision).eval(), ours.optimize_for_inference(precision=precision)
+    theirs, ours = prepared(theirs, theirs_in).eval(), ours.optimize_for_inference(precision=precision)
     images = pictures(batch, shape)
     priors = case.priors(ours, shape)
     maps = case.trained_maps(ours, priors, batch, shape, setting.per_level)
@@ -314,7 +334,7 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
 
     @torch.no_grad()
     def by_torchvision() -> list[dict[str, Tensor]]:
-        with running(precision):
+        with running(theirs_in):
             return theirs(images)
 
     @torch.no_grad()
@@ -329,7 +349,8 @@ def inference_row(case: Case, setting: Setting, batch: int, precision: str, *, c
 
     kind = "inference, compiled" if compiled else "inference"
     kind += "" if setting.backbone == Setting().backbone else f" on {setting.backbone}"
-    return Row(f"{case.title}: {kind}, {precision}, B={batch}", check, by_torchvision, by_detcore)
+    kind += f", {precision}{beside(precision, theirs_in)}"
+    return Row(f"{case.title}: {kind}, B={batch}", check, by_torchvision, by_detcore)
 
 
 def answer_with(convolutions: list[nn.Module], values: Tensor, priors: Priors) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import convolutions, gpu, limits, timing
+from benchmarks import convolutions, gpu, limits, mixed, timing
 from benchmarks.augmentation import assert_alike, reference_chain, samples
 from benchmarks.cases import CASES
 from benchmarks.timing import measure
@@ -134,6 +134,13 @@ def test_write_keeps_what_repeats_the_run(tmp_path):
     assert record["rows"] == [dataclasses.asdict(row)]
     assert {"command", "commit", "date", "device", "versions", "setting", "allocator"} <= set(record)
     assert record["device"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("name", ["fcos-step", "retinanet-inference"])
+def test_bfloat16_and_float32_agree(name):
+    row = mixed.rows(SMALL)[name]()
+    row.check()
+    assert "bf16 beside fp32" in row.name
 
 
 @pytest.mark.parametrize("name", ["retinanet-limit-fp32", "fcos-limit-bf16"])

@@ -67,6 +67,6 @@ def test_parts_run_in_processes_of_one_thread(monkeypatch, capsys):
 def test_an_unknown_part_is_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["speed"])
-    assert "parts must be of torchvision, malloc, limits, growth, evaluation, convolutions; got speed" in (
+    assert "parts must be of torchvision, malloc, mixed, limits, growth, evaluation, convolutions; got speed" in (
         capsys.readouterr().err
     )
