@@ -1,7 +1,7 @@
 """Products of half-precision numbers on processors that have no instruction for them: worked out in float32.
 
 A processor that multiplies bfloat16 adds the products in float32 and rounds the sum once. One that cannot is left to
-loops over single numbers, 8 to 9 times slower than float32 forwards, 12 to 25 times forwards and back
+loops over single numbers, 7 to 9 times slower than float32 forwards, 12 to 25 times forwards and back
 (``results/benchmarks/convolutions.json``). To widen the numbers, multiply them as float32 and round the result is the
 same arithmetic at the speed of float32.
 """
