@@ -24,7 +24,7 @@ from detcore.kernels.winograd import winograd_convolution
 
 # Not below 65 pixels: there P7 is made from a map of one cell, and the weight gradient of that convolution in
 # bfloat16 reads memory that nobody wrote (torch 2.15 on processors with AVX512-BF16).
-SMALL = dataclasses.replace(QUICK, size=(96, 96), num_classes=5, detect_batches=(2,), per_level=50)
+SMALL = dataclasses.replace(QUICK, size=(96, 128), num_classes=5, detect_batches=(2,), per_level=50)
 ROWS = rows(SMALL)
 # SSD300 has no smaller sister: its networks take seconds, and so do pictures enough to compare on average
 SLOW_PARTS = ("ssd300-step", "ssd300-inference", "augmentation", "compiled")
